@@ -1,0 +1,263 @@
+"""Invariants, questions and their outcomes: one set of checks for notebook, command line, tests and judge.
+
+A question is a list of named invariants. Each is a plain function of the learner's answer and a source of random
+numbers; it returns when the invariant holds and raises `Failure` on the smallest case where it does not. The first
+invariant discriminates: the others are not reached, and earn nothing, until it passes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+CHECKS = Path(__file__).parent / "checks"
+
+PASSED, FAILED, NOT_REACHED = "passed", "failed", "not reached"
+MARKS = {PASSED: "✓", FAILED: "✗", NOT_REACHED: "–"}
+
+
+class Failure(AssertionError):
+    """An invariant does not hold, with the smallest case that shows it."""
+
+
+class PackageAnswer(Exception):
+    """The answer called the package instead of being one."""
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """What must hold, worth `points`; `test(answer, rng)` raises Failure; `hint` diagnoses the usual mistake."""
+
+    name: str
+    points: int
+    test: Callable[[Answer, random.Random], None]
+    hint: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: `answer` is the name its answer has in the notebook, `link` the page that teaches it."""
+
+    id: str
+    title: str
+    answer: str
+    difficulty: int  # 1 to 3
+    minutes: int
+    link: str
+    invariants: tuple[Invariant, ...]
+    allowed: tuple[str, ...] = ()  # modules of the package that an answer may call
+
+    def __post_init__(self) -> None:
+        if not self.invariants or any(not i.name or not i.hint or i.points < 0 for i in self.invariants):
+            raise ValueError(f"question {self.id}: every invariant needs a name, a hint and points of 0 or more")
+        if self.difficulty not in (1, 2, 3) or self.minutes < 1 or not self.link or not self.title:
+            raise ValueError(f"question {self.id} needs a title, a difficulty of 1 to 3, minutes and a link")
+
+    @property
+    def points(self) -> int:
+        return sum(invariant.points for invariant in self.invariants)
+
+
+@dataclass(frozen=True)
+class Exercise:
+    number: str
+    topic: str  # the stem of its files is number_topic
+    title: str
+    questions: tuple[Question, ...]
+    next_step: str
+
+    @property
+    def stem(self) -> str:
+        return f"{self.number}_{self.topic}"
+
+    @property
+    def points(self) -> int:
+        return sum(question.points for question in self.questions)
+
+    def question(self, question_id: str) -> Question:
+        for question in self.questions:
+            if question.id == question_id:
+                return question
+        known = ", ".join(question.id for question in self.questions)
+        raise ValueError(f"exercise {self.number} has no question {question_id!r}; it has {known}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one invariant."""
+
+    name: str
+    status: str
+    points: int
+    detail: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one question."""
+
+    question: str
+    title: str
+    out_of: int
+    lines: tuple[Line, ...]
+    attempted: bool = True
+
+    @property
+    def points(self) -> int:
+        return sum(line.points for line in self.lines if line.status == PASSED)
+
+    @property
+    def full(self) -> bool:
+        return all(line.status == PASSED for line in self.lines)
+
+    def text(self) -> str:
+        rows = [f"{self.question} {self.title}: {self.points} of {self.out_of} points"]
+        for line in self.lines:
+            rows.append(f"  {MARKS[line.status]} {line.name}" + (" (not reached)" * (line.status == NOT_REACHED)))
+            rows += [f"      {row}" for row in line.detail.splitlines()]
+            if line.hint:
+                rows.append(f"      Hint: {line.hint}")
+        return "\n".join(rows)
+
+
+def exercise_numbers() -> list[str]:
+    return sorted(path.stem.split("_")[0] for path in CHECKS.glob("[0-9][0-9]_*.py"))
+
+
+@cache
+def load_exercise(number: str) -> Exercise:
+    """The checks of one exercise, from checks/NN_topic.py. Raises ValueError when there is no such exercise."""
+    found = sorted(CHECKS.glob(f"{number}_*.py")) if len(number) == 2 and number.isdecimal() else []
+    if not found:
+        known = ", ".join(exercise_numbers())
+        raise ValueError(f"there is no exercise {number!r}; the exercises are {known}")
+    module = importlib.import_module(f"moe_course.grading.checks.{found[0].stem}")
+    exercise = module.EXERCISE
+    assert isinstance(exercise, Exercise)
+    return exercise
+
+
+@contextmanager
+def _watch(allowed: tuple[str, ...], used: set[str]) -> Any:
+    """Note every function of moe_course that is called, so that the package's own code is no answer."""
+
+    def note(frame: FrameType, event: str, _arg: object) -> None:
+        if event != "call":
+            return
+        module = frame.f_globals.get("__name__") or ""
+        ours = module == "moe_course" or module.startswith("moe_course.")
+        if ours and module != __name__ and not module.startswith(allowed or ("\0",)):
+            used.add(f"{module}.{frame.f_code.co_qualname}")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _own_line(error: BaseException) -> str:
+    """The learner's own line that failed: the last frame outside this package and the standard library."""
+    library = str(Path(random.__file__).parent)
+    here = str(Path(__file__).parents[1])
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((library, here)) and "site-packages" not in f.filename]
+    where = f"\n    line {own[-1].lineno} of your cell: {own[-1].line}" if own and own[-1].line else ""
+    return f"your code raised {type(error).__name__}: {error}{where}"
+
+
+class Answer:
+    """The learner's function, called on copies of its arguments and watched for calls into the package."""
+
+    def __init__(self, function: Callable[..., Any], allowed: tuple[str, ...] = ()) -> None:
+        self.function, self.allowed = function, allowed
+        self.calls = self.empty = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = deepcopy((args, kwargs))
+        used: set[str] = set()
+        self.calls += 1
+        try:
+            with _watch(self.allowed, used):
+                result = self.function(*given[0], **given[1])
+        except Exception as error:
+            if used:
+                raise PackageAnswer(", ".join(sorted(used))) from error
+            raise Failure(f"{describe(*args, **kwargs)}: {_own_line(error)}") from error
+        if used:
+            raise PackageAnswer(", ".join(sorted(used)))
+        if given != (args, kwargs):
+            raise Failure(f"{describe(*args, **kwargs)}: your code changed its arguments; work on a copy")
+        self.empty += result is None
+        return result
+
+
+def describe(*args: Any, **kwargs: Any) -> str:
+    shown = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+    return ", ".join(shown)
+
+
+def expect_count(answer: Answer, cases: Iterable[dict[str, Any]], oracle: Callable[..., Any]) -> None:
+    """The answer equals the oracle on every case, as exact integers; the smallest failing case is reported.
+
+    A case is a dict of keyword arguments. Integers only: a count of parameters that went through a float is
+    wrong from 2^53 on. A tuple of integers is compared element by element.
+    """
+
+    def size(case: dict[str, Any]) -> int:
+        return sum(v for v in case.values() if isinstance(v, int))
+
+    for case in sorted(cases, key=size):
+        want, got = oracle(**case), answer(**case)
+        exact = type(got) is type(want) and got == want
+        if exact and isinstance(want, tuple):
+            exact = all(type(g) is type(w) for g, w in zip(got, want, strict=True))
+        if not exact:
+            note = ""
+            if isinstance(got, float) and got == want:
+                note = " (a float; counts are exact integers: use // instead of /)"
+            raise Failure(f"{describe(**case)}:\n    expected {want!r}, got {got!r}{note}")
+
+
+def grade(question: Question, function: Any, seed: int | None = None) -> Outcome:
+    """Run a question's invariants on an answer. The same seed draws the same cases."""
+    if not callable(function):
+        missing = "is missing" if function is None else f"is no function but {type(function).__name__}"
+        return _outcome(question, f"{question.answer} {missing}: run the cell that defines it", attempted=False)
+    answer = Answer(function, question.allowed)
+    rng = random.Random(seed)
+    lines: list[Line] = []
+    for number, invariant in enumerate(question.invariants):
+        try:
+            invariant.test(answer, rng)
+        except PackageAnswer as used:
+            return _outcome(question, f"your answer calls the package ({used}): write it out yourself")
+        except Failure as failure:
+            if answer.empty and answer.empty == answer.calls:
+                return _outcome(question, "nothing returned yet: fill in the cell above", attempted=False)
+            lines.append(Line(invariant.name, FAILED, invariant.points, str(failure), invariant.hint))
+        else:
+            lines.append(Line(invariant.name, PASSED, invariant.points))
+        if number == 0 and lines[0].status == FAILED:
+            lines += [Line(i.name, NOT_REACHED, i.points) for i in question.invariants[1:]]
+            break
+    return Outcome(question.id, question.answer, question.points, tuple(lines))
+
+
+def _outcome(question: Question, detail: str, attempted: bool = True) -> Outcome:
+    first, *rest = question.invariants
+    lines = [Line(first.name, FAILED, first.points, detail)]
+    lines += [Line(i.name, NOT_REACHED, i.points) for i in rest]
+    return Outcome(question.id, question.answer, question.points, tuple(lines), attempted)

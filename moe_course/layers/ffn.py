@@ -1,0 +1,50 @@
+"""The feed-forward networks of a transformer block, which become the experts of a sparse one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class DenseFFN(nn.Module):
+    """Two matrices around a non-linearity (Vaswani et al., arXiv:1706.03762, section 3.3).
+
+        y = W_down act(W_up x)          W_up [F, D], W_down [D, F]
+
+    activation: "relu", or "gelu" (the exact one, with erf). Parameters: 2·D·F, plus F + D with bias.
+    Raises ValueError on an unknown activation.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: str = "relu", bias: bool = False) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        self.activation = activation
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return self.down(_ACTIVATIONS[self.activation](self.up(x)))  # [..., F] in between
+
+
+class SwiGLU(nn.Module):
+    """A gated FFN with three matrices (Shazeer, arXiv:2002.05202): what most models since LLaMA use.
+
+        y = W_down (silu(W_gate x) ⊙ W_up x)      W_gate, W_up [F, D], W_down [D, F]
+
+    silu(z) = z·sigmoid(z). Parameters: 3·D·F, plus 2·F + D with bias.
+    """
+
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # [..., F] in between

@@ -1,0 +1,19 @@
+"""`show(function)`: the package's own source in a notebook, so that a page never holds a copy of code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def show(*objects: type | Callable[..., Any]) -> Any:
+    """Display the source of functions or classes, highlighted, with the file that holds it."""
+    from IPython.display import Code
+
+    parts = []
+    for thing in objects:
+        module = inspect.getmodule(thing)
+        place = module.__name__.replace(".", "/") + ".py" if module else "this notebook"
+        parts.append(f"# {place}\n{inspect.getsource(thing).rstrip()}")
+    return Code("\n\n\n".join(parts), language="python")
