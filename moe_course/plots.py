@@ -5,15 +5,18 @@ Figures keep their own ground, so that they read the same on a light and on a da
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from moe_course.specs import ModelSpec
 
 # Okabe and Ito's palette (Color Universal Design, 2008), without its yellow, which fades on a light ground.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, INK = (
@@ -59,14 +62,106 @@ _STYLE: Any = {
 }
 
 
-def use_style() -> None:
-    """Set the course's style for every later figure of this process."""
-    mpl.rcParams.update(_STYLE)
-
-
 @contextmanager
-def figure(width: float = 7.2, height: float = 4.0, **options: Any) -> Iterator[tuple[Figure, Axes]]:
-    """`with figure() as (fig, ax):` one set of axes in the course's style; sizes in inches."""
+def figure(width: float = 7.2, height: float = 4.0, **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """`with figure() as (fig, ax):` axes in the course's style; sizes in inches, options as of plt.subplots."""
     with mpl.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(width, height), **options)
-        yield fig, ax
+        yield plt.subplots(figsize=(width, height), **options)
+
+
+def stored_and_used(ax: Axes, specs: Sequence[ModelSpec]) -> None:
+    """One row a model: what it stores (total) and what one token uses (active), on a logarithmic axis."""
+    specs = sorted(specs, key=lambda spec: spec.total_params())
+    for row, spec in enumerate(specs):
+        total, active = spec.total_params() / 1e9, spec.active_params() / 1e9
+        ax.plot([active, total], [row, row], color="#B8B8B8", linewidth=2.5, zorder=1)
+        ax.scatter([total], [row], color=DENSE, s=46, zorder=2, label="stored (total)" if row == 0 else None)
+        ax.scatter(
+            [active], [row], color=SPARSE, s=46, zorder=3, marker="D", label="used by one token" if row == 0 else None
+        )
+        ax.text(total * 1.18, row, "dense" if spec.moe is None else f"{total / active:.1f}x", va="center", fontsize=9)
+    ax.set_yticks(range(len(specs)), [spec.name for spec in specs])
+    ax.set_xscale("log")
+    ax.set_xlim(right=2500)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel("parameters (billions)")
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="lower right")
+
+
+# Where a model's name stands beside its point, in typographic points: set by hand so that no two names meet.
+_NAME_OFFSETS = {
+    "mistral-7b": (8, -7),
+    "qwen3-8b": (8, 5),
+    "llama-3.1-70b": (8, -8),
+    "olmoe-1b-7b": (8, 0),
+    "qwen1.5-moe-a2.7b": (8, -9),
+    "deepseekmoe-16b": (-8, 8),
+    "gpt-oss-20b": (8, -3),
+    "qwen3-30b-a3b": (8, 5),
+    "mixtral-8x7b": (8, -5),
+    "llama-4-scout": (-8, 5),
+    "gpt-oss-120b": (-8, 4),
+    "dbrx": (-8, 5),
+    "mixtral-8x22b": (8, -6),
+    "qwen3-235b-a22b": (-8, 6),
+    "grok-1": (8, -6),
+    "llama-4-maverick": (-8, 4),
+    "deepseek-v3": (8, -4),
+    "kimi-k2": (-8, 6),
+    "glam-64b-64e": (-8, 10),
+}
+
+
+def total_against_active(ax: Axes, specs: Sequence[ModelSpec]) -> None:
+    """Total against active parameters, both logarithmic, with lines of equal ratio."""
+    for spec in specs:
+        total, active = spec.total_params() / 1e9, spec.active_params() / 1e9
+        color, marker = (SPARSE, "D") if spec.moe else (DENSE, "o")
+        ax.scatter([active], [total], color=color, marker=marker, s=44, zorder=3)
+        if spec.name in _NAME_OFFSETS:
+            dx, dy = _NAME_OFFSETS[spec.name]
+            ax.annotate(
+                spec.name,
+                (active, total),
+                (dx, dy),
+                textcoords="offset points",
+                fontsize=8.5,
+                ha="left" if dx >= 0 else "right",
+                va="center",
+            )
+    low, high = 0.9, 150.0
+    for ratio in (1, 3, 10, 30):
+        ax.plot([low, high], [ratio * low, ratio * high], color="#9A9A9A", linewidth=0.9, linestyle=":", zorder=1)
+        ax.text(high * 1.05, ratio * high, "dense" if ratio == 1 else f"{ratio} : 1", fontsize=9, va="center")
+    ax.scatter([], [], color=SPARSE, marker="D", label="sparse (MoE)")
+    ax.scatter([], [], color=DENSE, marker="o", label="dense")
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(4, 4000))
+    ax.set(xlabel="active parameters per token (billions)", ylabel="total parameters (billions)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+    ax.legend(loc="lower right")
+
+
+def layer_map(ax: Axes, specs: Sequence[ModelSpec]) -> None:
+    """One row a model, one cell a layer: dense or sparse."""
+    for row, spec in enumerate(reversed(specs)):
+        sparse = set(spec.moe_layers)
+        for layer in range(spec.layers):
+            color = SPARSE if layer in sparse else DENSE
+            ax.barh(
+                row,
+                0.86,
+                left=layer + 0.07,
+                height=0.62,
+                color=color,
+                hatch=None if layer in sparse else "///",
+                edgecolor="white",
+                linewidth=0,
+            )
+    ax.set_yticks(range(len(specs)), [spec.name for spec in reversed(specs)])
+    ax.set_xlabel("layer, counted from 0")
+    ax.grid(visible=False)
+    ax.barh([0], [0], color=SPARSE, label="sparse (experts)")
+    ax.barh([0], [0], color=DENSE, hatch="///", edgecolor="white", label="dense FFN")
+    ax.legend(loc="lower right")

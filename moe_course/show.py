@@ -14,6 +14,9 @@ def show(*objects: type | Callable[..., Any]) -> Any:
     parts = []
     for thing in objects:
         module = inspect.getmodule(thing)
-        place = module.__name__.replace(".", "/") + ".py" if module else "this notebook"
+        if module is None or module.__name__ == "__main__":
+            place = "this notebook"
+        else:
+            place = module.__name__.replace(".", "/") + ".py"
         parts.append(f"# {place}\n{inspect.getsource(thing).rstrip()}")
     return Code("\n\n\n".join(parts), language="python")

@@ -44,6 +44,7 @@ from moe_course.grading import check, solution, total
 # *Worked example.* The older FFN has two matrices, $F \times D$ and $D \times F$. At $D = 4$ and $F = 16$ that is
 # $64 + 64 = 128$ weights; with biases $16 + 4 = 20$ more.
 
+
 # %% tags=["01.1"]
 def swiglu_params(width: int, hidden: int, bias: bool = False) -> int:
     """Parameters of a SwiGLU of width D = `width` and hidden width F = `hidden`."""
@@ -68,6 +69,7 @@ check("01.1", swiglu_params)
 #
 # LLaMA 7B did this: width 4096, a dense hidden width of 4 x 4096 = 16384, multiples of 256. It arrived at 11008.
 
+
 # %% tags=["01.2"]
 def matched_hidden(width: int, dense_hidden: int, multiple: int) -> int:
     """Smallest multiple of `multiple` at which a SwiGLU holds at least the weights of the two-matrix FFN."""
@@ -90,6 +92,7 @@ check("01.2", matched_hidden)
 # projections: queries, keys, values, output. No biases.
 #
 # Mind that `heads * head_dim` need not be the width: gpt-oss has width 2880, and 64 heads of 64.
+
 
 # %% tags=["01.3"]
 def gqa_params(width: int, heads: int, kv_heads: int, head_dim: int) -> int:
@@ -124,10 +127,9 @@ check("01.3", gqa_params)
 # Each of the two latents passes an RMSNorm, which has one weight per entry: count these too. The rotary key is not
 # normalised. The first two matrices are counted for you; finish the function.
 
+
 # %% tags=["01.4"]
-def mla_params(
-    width: int, heads: int, q_rank: int, kv_rank: int, nope_dim: int, rope_dim: int, v_dim: int
-) -> int:
+def mla_params(width: int, heads: int, q_rank: int, kv_rank: int, nope_dim: int, rope_dim: int, v_dim: int) -> int:
     """Weights of multi-head latent attention, with the norms on its two latents."""
     query_down = q_rank * width
     query_up = heads * (nope_dim + rope_dim) * q_rank
@@ -159,6 +161,7 @@ check("01.4", mla_params)
 #
 # Return the pair `(total, active)`: what is stored, and what one token meets. The input embedding counts whole in both.
 # You may call your functions from above.
+
 
 # %% tags=["01.5"]
 def moe_params(
@@ -203,6 +206,7 @@ check("01.5", moe_params)
 # What the card gives is enough, whatever the attention and the embeddings look like. All figures are exact
 # integers up to 10^13; return an exact integer.
 
+
 # %% tags=["01.6"]
 def active_at(total: int, active: int, experts: int, k: int, new_k: int) -> int:
     """Active parameters with `new_k` experts per token, given those with `k`; 1 <= k < experts."""
@@ -231,6 +235,7 @@ check("01.6", active_at)
 # - `"weights read from memory to decode one token of one user"`
 # - `"optimiser state when every weight is trained"`
 # - `"whether it answers better than another model"`
+
 
 # %% tags=["01.7"]
 def figure_for(question: str) -> str:

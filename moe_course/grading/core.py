@@ -192,7 +192,7 @@ class Answer:
         try:
             with _watch(self.allowed, used):
                 result = self.function(*given[0], **given[1])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if used:
                 raise PackageAnswer(", ".join(sorted(used))) from error
             raise Failure(f"{describe(*args, **kwargs)}: {_own_line(error)}") from error

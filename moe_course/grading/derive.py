@@ -20,7 +20,7 @@ GOLDEN = "nbval-check-output"  # tag of the cells whose stored outputs are compa
 _SETUP = """\
 # Where the course is not installed yet, as in Colab, this installs it.
 try:
-    import moe_course
+    import moe_course  # noqa: F401
 except ModuleNotFoundError:
     {install}"""
 
@@ -30,8 +30,10 @@ def setup_cell(address: str) -> str:
     if address:
         # Without constraints.txt: it would replace the torch that Colab comes with.
         return _SETUP.format(install=f'%pip install -q "moe_course[exercises] @ git+{address}"')
-    reason = "moe_course is not installed: run `pip install .` in the folder of the course"
-    return _SETUP.format(install=f'raise ModuleNotFoundError("{reason}") from None')
+    return _SETUP.format(
+        install='hint = "moe_course is not installed: run `pip install .` in its folder"\n'
+        "    raise ModuleNotFoundError(hint) from None"
+    )
 
 
 def read_address(root: Path) -> str:
@@ -107,7 +109,8 @@ def derive(master: Path, address: str) -> tuple[str, str]:
             if cell.cell_type == "markdown":
                 cells.append(nbformat.v4.new_markdown_cell(fill(cell.source, exercise)))
             else:
-                cells.append(nbformat.v4.new_code_cell(change(cell.source), metadata=dict(cell.metadata)))
+                tags = {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
+                cells.append(nbformat.v4.new_code_cell(change(cell.source), metadata=tags))
         for place, cell in enumerate(cells):
             cell["id"] = f"{exercise.stem.replace('_', '-')}-{place:02d}"
         notebook = nbformat.v4.new_notebook(cells=cells)
@@ -153,10 +156,19 @@ def stray_outputs(path: Path) -> list[str]:
     return strays
 
 
+def with_address(citation: str, address: str) -> str:
+    """CITATION.cff with the repository's address, or without the line while there is none."""
+    lines = [line for line in citation.splitlines() if not line.startswith("repository-code:")]
+    if address:
+        lines.append(f'repository-code: "{address}"')
+    return "\n".join(lines) + "\n"
+
+
 def all_files(root: Path) -> dict[Path, str]:
     """Every derived file with the text it must have."""
     address = read_address(root)
-    files = {}
+    citation = root / "CITATION.cff"
+    files = {citation: with_address(citation.read_text(encoding="utf-8"), address)}
     for master in sorted((root / "solutions").glob("[0-9][0-9]_*.py")):
         exercise, worked = derive(master, address)
         files[root / "exercises" / f"{master.stem}.ipynb"] = exercise
@@ -182,7 +194,7 @@ def main(argv: list[str]) -> int:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
             print(f"wrote {path.relative_to(root)}")
-        if path.exists():
+        if path.suffix == ".ipynb" and path.exists():
             complaints += stray_outputs(path)
     print("\n".join(complaints), file=sys.stderr, end="\n" * bool(complaints))
     return int(bool(complaints))

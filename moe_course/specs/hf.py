@@ -31,6 +31,17 @@ class _Config:
             )
         return default
 
+    def nullable(self, key: str) -> Any:
+        """A key that must be there, though its value may be null: leaving it out means a default elsewhere."""
+        return None if self.raw.get(key, _REQUIRED) is None else self(key)
+
+    def size(self, key: str, default: Any = _REQUIRED) -> int:
+        """A positive integer, where its value is computed with before a ModelSpec can check it."""
+        value = self(key, default)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"'{self.path}{key}' must be an integer of at least 1, got {value!r}")
+        return value
+
     def part(self, key: str) -> _Config:
         value = self(key)
         if not isinstance(value, Mapping):
@@ -48,8 +59,8 @@ def _common(c: _Config) -> dict[str, Any]:
 
 
 def _head_dim(c: _Config) -> int:
-    width, heads = c("hidden_size"), c("num_attention_heads")
-    return int(c("head_dim", width // heads if heads else 0))
+    width, heads = c.size("hidden_size"), c.size("num_attention_heads")
+    return c.size("head_dim", width // heads)
 
 
 def _gqa(c: _Config, kv_default: Any = _REQUIRED, **options: Any) -> GQA:
@@ -122,15 +133,14 @@ def _olmoe(c: _Config) -> dict[str, Any]:
     }
 
 
-def _deepseek(c: _Config, router_bias: bool) -> dict[str, Any]:
-    mlp_bias = c("mlp_bias", False)
-    expert_hidden = c("moe_intermediate_size")
-    shared = c("n_shared_experts", 0)
-    first_dense, every, layers = c("first_k_dense_replace"), c("moe_layer_freq", 1), c("num_hidden_layers")
+def _deepseek(c: _Config, router_bias: bool, mlp_bias: Any = False) -> dict[str, Any]:
+    expert_hidden = c.size("moe_intermediate_size")
+    shared = c.size("n_shared_experts") if c.nullable("n_shared_experts") else 0
+    every, layers = c.size("moe_layer_freq", 1), c.size("num_hidden_layers")
     return _common(c) | {
         "attention": MLA(
             heads=c("num_attention_heads"),
-            q_rank=c("q_lora_rank", None),
+            q_rank=c.nullable("q_lora_rank"),
             kv_rank=c("kv_lora_rank"),
             nope_dim=c("qk_nope_head_dim"),
             rope_dim=c("qk_rope_head_dim"),
@@ -146,14 +156,14 @@ def _deepseek(c: _Config, router_bias: bool) -> dict[str, Any]:
             shared=FFN(shared * expert_hidden, bias=mlp_bias) if shared else None,
             router_bias=router_bias,
         ),
-        "first_dense": first_dense,
+        "first_dense": c("first_k_dense_replace"),
         # DeepSeek's own code asks i mod moe_layer_freq = 0, other families (i + 1) mod n = 0.
         "dense_layers": tuple(i for i in range(layers) if every > 1 and i % every),
     }
 
 
 def _deepseek_v2(c: _Config) -> dict[str, Any]:
-    return _deepseek(c, router_bias=False)
+    return _deepseek(c, router_bias=False, mlp_bias=c("mlp_bias", False))  # version 3 has no such key
 
 
 def _deepseek_v3(c: _Config) -> dict[str, Any]:
@@ -176,12 +186,15 @@ def _gpt_oss(c: _Config) -> dict[str, Any]:
 
 
 def _llama4_text(c: _Config) -> dict[str, Any]:
+    c("head_dim")  # 128 where nothing else is said, not hidden_size / heads
     bias = c("attention_bias", False)
-    layers, hidden = c("num_hidden_layers"), c("intermediate_size")
+    layers, hidden = c.size("num_hidden_layers"), c("intermediate_size")
     sparse = c("moe_layers", None)
     if sparse is None:
-        every = c("interleave_moe_layer_step")
+        every = c.size("interleave_moe_layer_step")
         sparse = range(every - 1, layers, every)
+    elif any(type(i) is not int for i in sparse):
+        raise ValueError(f"'{c.path}moe_layers' must hold layer indices, got {sparse!r}")
     return _common(c) | {
         "attention": _gqa(c, qkv_bias=bias, out_bias=bias),  # its QK norm has no weights
         "ffn": FFN(c("intermediate_size_mlp")),
@@ -196,7 +209,7 @@ def _llama4(c: _Config) -> dict[str, Any]:
 
 def _dbrx(c: _Config) -> dict[str, Any]:
     attention, ffn = c.part("attn_config"), c.part("ffn_config")
-    width, heads = c("d_model"), c("n_heads")
+    width, heads = c.size("d_model"), c.size("n_heads")
     return {
         "layers": c("n_layers"),
         "width": width,

@@ -26,6 +26,14 @@ def _require_sizes(obj: object, *names: str, least: int = 1) -> None:
             raise ValueError(f"{type(obj).__name__}.{name} must be an integer of at least {least}, got {value!r}")
 
 
+def _require_flags(obj: object, *names: str) -> None:
+    # Counts multiply by these: "false" or 2 would be a wrong number, not an error.
+    for name in names:
+        value = getattr(obj, name)
+        if type(value) is not bool:
+            raise ValueError(f"{type(obj).__name__}.{name} must be True or False, got {value!r}")
+
+
 @dataclass(frozen=True)
 class GQA:
     """Grouped-query attention (arXiv:2305.13245): `heads` query heads share `kv_heads` key and value heads.
@@ -43,6 +51,7 @@ class GQA:
 
     def __post_init__(self) -> None:
         _require_sizes(self, "heads", "kv_heads", "head_dim")
+        _require_flags(self, "qkv_bias", "out_bias", "sinks")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.qk_norm not in ("none", "head", "full"):
@@ -75,6 +84,7 @@ class MLA:
 
     def __post_init__(self) -> None:
         _require_sizes(self, "heads", "kv_rank", "nope_dim", "rope_dim", "v_dim")
+        _require_flags(self, "bias")
         if self.q_rank is not None:
             _require_sizes(self, "q_rank")
 
@@ -101,6 +111,7 @@ class FFN:
 
     def __post_init__(self) -> None:
         _require_sizes(self, "hidden")
+        _require_flags(self, "gated", "bias")
 
     def params(self, width: int) -> int:
         """(2 + gated)·D·F weights, plus (1 + gated)·F + D biases where there are any."""
@@ -126,6 +137,7 @@ class RoutedExperts:
 
     def __post_init__(self) -> None:
         _require_sizes(self, "experts", "k")
+        _require_flags(self, "shared_gate", "router_bias")
         if self.k > self.experts:
             raise ValueError(f"k ({self.k}) must not exceed the number of experts ({self.experts})")
         if self.shared_gate and self.shared is None:
@@ -166,6 +178,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         _require_sizes(self, "layers", "width", "vocab", "moe_every")
         _require_sizes(self, "first_dense", "norms_per_layer", least=0)
+        _require_flags(self, "tied_embeddings")
+        if any(type(i) is not int for i in self.dense_layers):
+            raise ValueError(f"ModelSpec.dense_layers must hold layer indices, got {self.dense_layers!r}")
         if self.ffn is None and len(self.moe_layers) < self.layers:
             raise ValueError(
                 f"{self.name}: {self.layers - len(self.moe_layers)} of {self.layers} layers are dense, "

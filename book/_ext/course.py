@@ -1,0 +1,137 @@
+"""What the book needs from Sphinx beyond its configuration.
+
+* The repository's address (`repository.url` in _config.yml) is the one public setting. While it is empty, everything
+  that would point there is off: Colab, Binder, edit, issue and repository buttons, canonical links and the sitemap.
+* A link in words to a numbered figure, `[the three regimes](#fig-three-regimes)`, gets its number: "the three regimes
+  (Figure 3)". In the notebook itself such a link reads well without one, which `{numref}` does not.
+* A page that shows `<div id="course-progress"></div>` gets the list of the course's pages with their minutes, read
+  from each page's `data-minutes`, for book/_static/course.js to draw the reader's progress.
+"""
+
+import json
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from docutils import nodes
+
+MINUTES = re.compile(r'data-minutes="(\d+)"')
+
+
+def public_address(repository_url):
+    """Where GitHub Pages serves a repository: https://OWNER.github.io/REPO/ ("" for any other host)."""
+    parts = urlsplit(repository_url)
+    owner, _, repo = parts.path.strip("/").removesuffix(".git").partition("/")
+    if parts.netloc != "github.com" or not repo or "/" in repo:
+        return ""
+    host = f"{owner.lower()}.github.io"
+    return f"https://{host}/" if repo.lower() == host else f"https://{host}/{repo}/"
+
+
+def set_address(app):
+    """Turn on what needs the public address, or turn it all off."""
+    config, options = app.config, app.config.html_theme_options
+    url = options.get("repository_url", "")
+    for button in (
+        "use_repository_button",
+        "use_edit_page_button",
+        "use_issues_button",
+    ):
+        options[button] = bool(url)
+    if not url:
+        options.pop("repository_url", None)
+        options["launch_buttons"] = {}
+        return
+    config.html_baseurl = config.html_baseurl or public_address(url)
+    config.ogp_site_url = config.html_baseurl
+    config.ogp_use_first_image = bool(config.html_baseurl)
+    if config.html_baseurl:
+        config.sitemap_url_scheme = "{link}"
+        config.sitemap_excludes = [
+            "search.html",
+            "genindex.html",
+            "py-modindex.html",
+            "index.html",
+        ]
+        app.setup_extension("sphinx_sitemap")
+
+
+def note_minutes(app, doctree):
+    """Remember the minutes a page announces (Sphinx forgets a page's metadata when it re-reads the page)."""
+    for raw in doctree.findall(nodes.raw):
+        if found := MINUTES.search(raw.astext()):
+            app.env.metadata[app.env.docname]["course_minutes"] = int(found[1])
+            return
+
+
+def number_figure_links(app, doctree, docname):
+    """Append its number to every link to a figure."""
+    numbers = {
+        anchor: number
+        for page in app.env.toc_fignumbers.values()
+        for anchor, number in page.get("figure", {}).items()
+        if anchor.startswith(
+            "fig-"
+        )  # such names are labels, and a label is unique in the book
+    }
+    for link in doctree.findall(nodes.reference):
+        anchor = link.get("refid") or link.get("refuri", "").partition("#")[2]
+        if anchor in numbers and not link.get("refuri", "").startswith(
+            ("http:", "https:")
+        ):
+            link += nodes.Text(f" (Figure {'.'.join(map(str, numbers[anchor]))})")
+
+
+def add_course_pages(app, pagename, templatename, context, doctree):
+    """Give the landing page the list of pages that count, in the order of the table of contents."""
+    if 'id="course-progress"' not in context.get("body", ""):
+        return
+    pages = [
+        {"page": name, "title": app.env.titles[name].astext(), "minutes": minutes}
+        for name in reading_order(app.env, app.config.root_doc)
+        if (minutes := app.env.metadata[name].get("course_minutes"))
+    ]
+    data = json.dumps(pages).replace("<", "\\u003c")
+    context["body"] += (
+        f'<script type="application/json" id="course-pages">{data}</script>'
+    )
+
+
+def reading_order(env, name):
+    yield name
+    for child in env.toctree_includes.get(name, []):
+        yield from reading_order(env, child)
+
+
+def drop_relative_og_url(app, pagename, templatename, context, doctree):
+    """OpenGraph wants absolute addresses: without a public one, og:url would be a lie."""
+    if doctree and not app.config.ogp_site_url:
+        context["metatags"] = re.sub(
+            r'<meta property="og:url"[^>]*>\s*', "", context["metatags"]
+        )
+
+
+def note_includes(app, env):
+    """Tell book/build.py which files outside the pages themselves were read."""
+    root = Path(app.srcdir).resolve()
+    files = {
+        (root / file).resolve()
+        for found in env.dependencies.values()
+        for file in found
+    }
+    inside = sorted(
+        file.relative_to(root).as_posix()
+        for file in files
+        if file.is_relative_to(root)
+    )
+    (Path(app.doctreedir) / "includes.json").write_text(json.dumps(inside))
+
+
+def setup(app):
+    set_address(app)
+    app.connect("doctree-read", note_minutes)
+    app.connect("env-updated", note_includes)
+    app.connect("doctree-resolved", number_figure_links)
+    app.connect("html-page-context", add_course_pages)
+    app.connect("html-page-context", drop_relative_og_url, priority=900)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,56 @@
+"""The claims ledger: every row is complete, and points at a place that exists and says the same."""
+
+import csv
+
+import nbformat
+import pytest
+
+VERDICTS = {"holds", "holds if", "imprecise", "wrong", "not checkable"}
+# Claims of the sources, by the part that must meet them; a part joins when it is written.
+EXPECTED = {
+    "concepts": "C001 C002 C004 C005 C007 C008 C010 C011 C016 C019 C020 "
+    "C026 C038 C055 C178 C179 C183 C184 C188 C228 C232",
+}
+
+
+@pytest.fixture(scope="module")
+def claims(root):
+    with (root / "book" / "data" / "claims.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_expected_claim_is_met_once(claims):
+    ids = [claim["id"] for claim in claims]
+    assert len(ids) == len(set(ids))
+    for part, expected in EXPECTED.items():
+        assert {c["id"] for c in claims if c["part"] == part} == set(expected.split()), part
+
+
+def test_rows_are_complete(claims):
+    for claim in claims:
+        assert all(claim.values()), claim
+        assert claim["verdict"] in VERDICTS, claim
+
+
+def page_text(root, page):
+    notebook = nbformat.read(root / "book" / f"{page}.ipynb", as_version=4)
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def test_anchor_exists_and_its_verdict_stands_beside_it(root, claims):
+    for claim in claims:
+        text = page_text(root, claim["page"])
+        anchor = f'<span id="{claim["anchor"]}"></span>'
+        assert text.count(anchor) == 1, claim["id"]
+        after = text.split(anchor)[1]
+        # up to the next heading: a verdict may close the passage that the anchor opens
+        passage = after.split("\n## ")[0]
+        assert f'verdict-{claim["verdict"].replace(" ", "-")}"' in passage, claim["id"]
+
+
+def test_no_anchor_without_a_row(root, claims):
+    known = {(claim["page"], claim["anchor"]) for claim in claims}
+    for path in sorted((root / "book").rglob("*.ipynb")):
+        page = path.relative_to(root / "book").with_suffix("").as_posix()
+        for part in page_text(root, page).split('<span id="claim-')[1:]:
+            assert (page, "claim-" + part.split('"')[0]) in known

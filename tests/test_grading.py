@@ -1,0 +1,291 @@
+"""The checks are themselves attacked: filed wrong answers fail where they must, right ones pass, cheats are seen."""
+
+import importlib.util
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from moe_course.grading import core, notebook
+from moe_course.grading.core import Answer, Failure, Invariant, Question, exercise_numbers, grade, load_exercise
+from moe_course.grading.derive import with_solution
+
+SEEDS = range(5)
+
+
+def filed(root, number):
+    path = root / "tests" / "wrong_answers" / f"{load_exercise(number).stem}.py"
+    spec = importlib.util.spec_from_file_location(f"filed_{number}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("number", exercise_numbers())
+def test_every_question_has_its_answers_on_file(root, number):
+    answers = filed(root, number)
+    for question in load_exercise(number).questions:
+        wrong, right = answers.WRONG[question.id], answers.RIGHT[question.id]
+        assert len(wrong) >= 3, question.id
+        assert sum(what == answers.PACKAGE for what, _, _ in wrong) == 1, question.id
+        assert len(right) >= 2, question.id
+
+
+@pytest.mark.parametrize("number", exercise_numbers())
+def test_wrong_answers_fail_at_the_named_invariant(root, number):
+    for question_id, wrong in filed(root, number).WRONG.items():
+        question = load_exercise(number).question(question_id)
+        for what, answer, name in wrong:
+            for seed in SEEDS:
+                outcome = grade(question, answer, seed)
+                failed = [line.name for line in outcome.lines if line.status == core.FAILED]
+                assert failed, f"{question_id}, {what}: passes with seed {seed}"
+                assert failed[0] == name, f"{question_id}, {what}: fails at {failed[0]!r}"
+                assert outcome.points < question.points
+
+
+@pytest.mark.parametrize("number", exercise_numbers())
+def test_package_functions_earn_nothing(root, number):
+    answers = filed(root, number)
+    for question_id, wrong in answers.WRONG.items():
+        (answer,) = [a for what, a, _ in wrong if what == answers.PACKAGE]
+        outcome = grade(load_exercise(number).question(question_id), answer, 0)
+        assert outcome.points == 0
+        assert "calls the package" in outcome.lines[0].detail, question_id
+
+
+@pytest.mark.parametrize("number", exercise_numbers())
+def test_right_answers_pass(root, number):
+    for question_id, right in filed(root, number).RIGHT.items():
+        for answer in right:
+            for seed in SEEDS:
+                outcome = grade(load_exercise(number).question(question_id), answer, seed)
+                assert outcome.full, f"{question_id}: {outcome.text()}"
+
+
+def worked_names(root, number):
+    """Run a worked notebook's definitions in this process."""
+    names = {}
+    for cell in nbformat.read(root / "solutions" / f"{load_exercise(number).stem}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code" and "def " in cell.source:
+            exec(cell.source, names)
+    return names
+
+
+@pytest.mark.parametrize("number", exercise_numbers())
+def test_solution_scores_full_and_stub_nothing(root, number):
+    exercise = load_exercise(number)
+    assert sum(o.points for o in notebook.grade_all(number, worked_names(root, number), 0)) == exercise.points
+    stubs = {}
+    for cell in nbformat.read(root / "exercises" / f"{exercise.stem}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code" and "def " in cell.source:
+            exec(cell.source, stubs)
+    outcomes = notebook.grade_all(number, stubs, 0)
+    assert [o.points for o in outcomes] == [0] * len(outcomes)
+    assert not any(o.attempted for o in outcomes)
+
+
+def test_exercise_01_is_as_announced():
+    exercise = load_exercise("01")
+    assert exercise.points == 20
+    assert 5 <= len(exercise.questions) <= 7
+
+
+@pytest.mark.parametrize("stem", ["01_concepts"])
+def test_one_broken_answer_fails_nbval(root, tmp_path, stem):
+    broken = nbformat.read(root / "solutions" / f"{stem}.ipynb", as_version=4)
+    (cell,) = [c for c in broken.cells if "01.3" in c.metadata.get("tags", ())]
+    assert "queries_and_output + keys_and_values" in cell.source
+    cell.source = cell.source.replace("queries_and_output + keys_and_values", "queries_and_output")
+    nbformat.write(broken, tmp_path / "broken.ipynb")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--nbval-lax",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+    ]
+    done = subprocess.run([*command, str(tmp_path / "broken.ipynb")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout
+    assert "the solutions must earn full marks" in done.stdout
+
+
+def one_question(test, *more):
+    invariants = [Invariant("first", 2, test, "hint one"), *more]
+    return Question("09.1", "t", "f", 1, 1, "page", tuple(invariants))
+
+
+def count_to_three(answer, rng):
+    core.expect_count(answer, [{"n": 3}, {"n": 1}], lambda n: n)
+
+
+def test_first_invariant_gates_the_others():
+    free = Invariant("free", 5, lambda answer, rng: None, "hint")
+    outcome = grade(one_question(count_to_three, free), lambda n: 7)
+    assert outcome.points == 0
+    assert [line.status for line in outcome.lines] == [core.FAILED, core.NOT_REACHED]
+    assert grade(one_question(count_to_three, free), lambda n: n).points == 7
+
+
+def test_smallest_failing_case_is_shown():
+    outcome = grade(one_question(count_to_three), lambda n: 7)
+    assert "n=1" in outcome.lines[0].detail
+    assert "expected 1, got 7" in outcome.lines[0].detail
+
+
+@pytest.mark.parametrize("answer", [lambda n: float(n), lambda n: n == 3 or n, lambda n: type("I", (int,), {})(n)])
+def test_lookalikes_of_an_integer_do_not_pass(answer):
+    assert not grade(one_question(count_to_three), answer).full
+
+
+def test_an_object_that_equals_everything_does_not_pass():
+    class Equal:
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    assert not grade(one_question(count_to_three), lambda n: Equal()).full
+    outcome = grade(load_exercise("01").question("01.5"), lambda **case: (Equal(), Equal()), 0)
+    assert outcome.points == 0
+    assert grade(load_exercise("01").question("01.7"), lambda question: Equal(), 0).points == 0
+
+
+def test_mutating_an_argument_is_seen():
+    def test(answer, rng):
+        answer([1, 2])
+
+    def mutates(values):
+        values.append(3)
+        return 1
+
+    assert "changed its arguments" in grade(one_question(test), mutates).lines[0].detail
+
+
+def test_own_failing_line_is_shown():
+    def answer(n):
+        return n / 0  # the learner's line
+
+    detail = grade(one_question(count_to_three), answer).lines[0].detail
+    assert "ZeroDivisionError" in detail
+    assert "return n / 0" in detail
+
+
+def test_use_of_the_package_is_seen_through_a_try():
+    from moe_course.specs import FFN
+
+    def sly(n):
+        try:
+            return FFN(1).params(n) * 0 + n
+        except Exception:
+            return n
+
+    assert "calls the package" in grade(one_question(count_to_three), sly).lines[0].detail
+
+
+def test_the_profile_hook_is_put_back():
+    hook = sys.getprofile()
+    grade(one_question(count_to_three), lambda n: 1 / 0)
+    assert sys.getprofile() is hook
+
+
+@pytest.mark.parametrize("answer", [None, 5, "f"])
+def test_no_function_is_no_attempt(answer):
+    outcome = grade(one_question(count_to_three), answer)
+    assert outcome.points == 0
+    assert not outcome.attempted
+    assert "run the cell" in outcome.lines[0].detail
+
+
+def test_same_seed_same_cases():
+    def draw(seed):
+        cases = []
+
+        def test(answer, rng):
+            cases.append(rng.random())
+
+        grade(one_question(test), lambda: None, seed)
+        return cases
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+def test_exit_in_an_answer_is_a_failure_not_an_end():
+    def leaves(n):
+        raise SystemExit(0)
+
+    assert grade(one_question(count_to_three), leaves).points == 0
+
+
+def test_question_without_hint_is_refused():
+    with pytest.raises(ValueError, match="hint"):
+        one_question(count_to_three, Invariant("x", 1, count_to_three, ""))
+
+
+def test_unknown_exercise_and_question_are_named():
+    with pytest.raises(ValueError, match="99"):
+        load_exercise("99")
+    with pytest.raises(ValueError, match=r"01\.9"):
+        load_exercise("01").question("01.9")
+
+
+def test_check_offers_the_solution_after_two_different_attempts(root, capsys, monkeypatch):
+    monkeypatch.setattr(notebook, "_attempts", {})
+    monkeypatch.chdir(root / "exercises")
+    notebook.solution("01.1")
+    assert "2 more attempts" in capsys.readouterr().out
+    for attempt in (lambda width, hidden, bias=False: width, lambda width, hidden, bias=False: hidden):
+        notebook.check("01.1", attempt, seed=0)
+        notebook.check("01.1", attempt, seed=0)  # the same code again is no second attempt
+        if attempt(1, 2) == 1:
+            notebook.solution("01.1")
+            assert "1 more attempt of" in capsys.readouterr().out
+    notebook.solution("01.1")
+    shown = capsys.readouterr().out.split("shows a worked answer.\n")[-1]
+    assert "3 * width * hidden" in shown
+    assert "SOLUTION" not in shown
+
+
+def test_a_stub_is_no_attempt(capsys, monkeypatch):
+    monkeypatch.setattr(notebook, "_attempts", {})
+    notebook.check("01.1", lambda width, hidden, bias=False: None)
+    assert "nothing returned yet" in capsys.readouterr().out
+    assert notebook._attempts == {}
+
+
+def test_solution_without_the_solutions_folder(monkeypatch, capsys):
+    monkeypatch.setattr(notebook, "_attempts", {"01.1": {1, 2}})
+    monkeypatch.setattr(notebook, "find_upwards", lambda relative: None)
+    notebook.solution("01.1")
+    assert "without solutions" in capsys.readouterr().out
+
+
+def test_total_needs_full_marks(root, capsys, monkeypatch):
+    names = worked_names(root, "01")
+    monkeypatch.setattr(notebook, "_notebook_names", lambda: names)
+    assert notebook.total("01") is True
+    assert "20 of 20" in capsys.readouterr().out
+    names["gqa_params"] = lambda *args, **kwargs: 0
+    assert notebook.total("01") is False
+    assert "Next: 01.3 gqa_params" in capsys.readouterr().out
+
+
+def test_answer_counts_only_real_results():
+    answer = Answer(lambda n: None)
+    answer(1)
+    assert (answer.calls, answer.empty) == (1, 1)
+    with pytest.raises(Failure):
+        Answer(lambda: 1 / 0)()
+
+
+def test_worked_answers_of_the_master_are_those_of_the_notebook(root):
+    master = root / "solutions" / "01_concepts.py"
+    for question in load_exercise("01").questions:
+        text = notebook.worked_answer(question.id, master)
+        assert f"def {question.answer}(" in text
+        assert text == with_solution(text)
