@@ -175,7 +175,9 @@ def source_of(page: str) -> str:
     for suffix in ("", ".ipynb", ".md"):
         if (ROOT / (page + suffix)).is_file():
             return page + suffix
-    sys.exit(f"_toc.yml names {page}, but there is no {page}.ipynb or {page}.md")
+    sys.exit(
+        f"_toc.yml names {page}, but there is no {page}.ipynb or {page}.md"
+    )
 
 
 def fingerprint(notebook: str, new: dict, pages: list[str]) -> str:
@@ -242,9 +244,13 @@ def imports(path: Path) -> set[str] | None:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
+            base = (
+                package[: len(package) - node.level + 1] if node.level else []
+            )
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            names |= {module} | {
+                f"{module}.{alias.name}" for alias in node.names
+            }
         elif isinstance(node, ast.Attribute):
             hidden |= node.attr in HIDDEN
         elif isinstance(node, ast.Name):
@@ -282,7 +288,9 @@ def forget_outputs(old: dict, new: dict) -> None:
 def forget_pages(old: dict, new: dict, pages: list[str]) -> None:
     """Remove the parsed form of what changed. The HTML is always written anew: every page shows the sidebar."""
     before, after = old.get("files", {}), new["files"]
-    changed = {path for path in before | after if before.get(path) != after.get(path)}
+    changed = {
+        path for path in before | after if before.get(path) != after.get(path)
+    }
     shutil.rmtree(HTML, ignore_errors=True)
     if (
         not old.get("complete")
@@ -302,7 +310,9 @@ def uncached(notebooks: list[str]) -> int:
     for path in notebooks:
         notebook = nbformat.read(ROOT / path, as_version=4)
         if "kernelspec" in notebook.metadata:
-            notebook.metadata.kernelspec.name = "python3"  # as _config.yml makes it
+            notebook.metadata.kernelspec.name = (
+                "python3"  # as _config.yml makes it
+            )
         try:
             cache.match_cache_notebook(notebook)
         except KeyError:
@@ -325,7 +335,11 @@ def includes() -> list[str]:
 
 def run_jupyter_book(waiting: int) -> bool:
     """Run it with one line for each notebook executed; on failure show what went wrong."""
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+    ]
     command += ["build", str(ROOT), "-n", "-W", "--keep-going"]
     done, lines, begun = 0, [], None
     with (
@@ -345,12 +359,16 @@ def run_jupyter_book(waiting: int) -> bool:
             line = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line)
             log.write(line)
             lines.append(line.rstrip("\n"))
-            if match := re.match(r"(.*)\.ipynb: Executing notebook using", line):
+            if match := re.match(
+                r"(.*)\.ipynb: Executing notebook using", line
+            ):
                 done += 1
                 begun = time.perf_counter()
                 name = Path(match[1]).relative_to(ROOT).as_posix()
                 print(
-                    f"[{done}/{max(done, waiting)}] {name} ... ", end="", flush=True
+                    f"[{done}/{max(done, waiting)}] {name} ... ",
+                    end="",
+                    flush=True,
                 )
             elif begun and re.search(
                 r"\.ipynb: (Executed notebook in|WARNING: Executing notebook failed)",
@@ -358,7 +376,9 @@ def run_jupyter_book(waiting: int) -> bool:
             ):
                 failed = "WARNING" in line
                 print(
-                    "FAILED" if failed else f"{time.perf_counter() - begun:.1f} s",
+                    "FAILED"
+                    if failed
+                    else f"{time.perf_counter() - begun:.1f} s",
                     flush=True,
                 )
                 begun = None
@@ -404,7 +424,9 @@ def failure(lines: list[str]) -> str:
             inside_traceback = "Executing notebook failed" in line
             inside = True
         else:
-            inside = inside_traceback or (inside and line.startswith((" ", "\t")))
+            inside = inside_traceback or (
+                inside and line.startswith((" ", "\t"))
+            )
         if inside:
             shown.append(line.replace(f"{ROOT}{os.sep}", ""))
         if line.endswith("[mystnb.exec]"):
@@ -414,7 +436,9 @@ def failure(lines: list[str]) -> str:
         for n, line in enumerate(lines)
         if line.startswith("The above exception was the direct cause")
     ]
-    return "\n".join(shown or lines[: cause[0] if cause else None][-25:]).rstrip()
+    return "\n".join(
+        shown or lines[: cause[0] if cause else None][-25:]
+    ).rstrip()
 
 
 if __name__ == "__main__":

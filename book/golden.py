@@ -18,17 +18,23 @@ GOLDEN = "nbval-check-output"
 def refresh(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=120,
+        resources={"metadata": {"path": str(path.parent)}},
     ).execute()
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        cell.metadata.pop("execution", None)  # time stamps: different on every run
+        cell.metadata.pop(
+            "execution", None
+        )  # time stamps: different on every run
         if GOLDEN not in cell.metadata.get("tags", ()):
             cell.outputs, cell.execution_count = [], None
     notebook.metadata.get("language_info", {}).pop("version", None)
     notebook.metadata["language_info"] = {"name": "python"}
-    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
+    path.write_text(
+        nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 if __name__ == "__main__":

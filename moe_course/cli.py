@@ -29,12 +29,18 @@ def _count(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.config} is not JSON: {error}") from error
     except ValueError as error:
         raise UsageError(f"{args.config}: {error}") from error
-    rows = [(name.replace("_", " "), *count) for name, count in spec.breakdown().items() if count.total]
+    rows = [
+        (name.replace("_", " "), *count)
+        for name, count in spec.breakdown().items()
+        if count.total
+    ]
     rows.append(("all", spec.total_params(), spec.active_params()))
     print(f"{'parameters':<16}{'total':>22}{'active per token':>22}")
     for name, total, active in rows:
         print(f"{name:<16}{total:>22,}{active:>22,}")
-    print(f"without the input embedding {spec.active_params(include_embedding=False):,} are active")
+    print(
+        f"without the input embedding {spec.active_params(include_embedding=False):,} are active"
+    )
     return 0
 
 
@@ -43,7 +49,9 @@ def _course_file(relative: str) -> Path:
 
     found = find_upwards(relative)
     if found is None:
-        raise UsageError(f"{relative} was not found here or above: run this inside the course's folder")
+        raise UsageError(
+            f"{relative} was not found here or above: run this inside the course's folder"
+        )
     return found
 
 
@@ -66,12 +74,21 @@ def _start(args: argparse.Namespace) -> int:
     if args.no_open:
         return 0
     if (
-        shutil.which("jupyter-lab", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        shutil.which(
+            "jupyter-lab",
+            path=os.pathsep.join(
+                [str(Path(sys.executable).parent), os.environ["PATH"]]
+            ),
+        )
         is None
     ):
-        raise UsageError("JupyterLab is not installed: pip install 'moe_course[exercises]', or open the copy elsewhere")
+        raise UsageError(
+            "JupyterLab is not installed: pip install 'moe_course[exercises]', or open the copy elsewhere"
+        )
     os.chdir(target.parent)
-    return os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-m", "jupyterlab", target.name])
+    return os.spawnv(
+        os.P_WAIT, sys.executable, [sys.executable, "-m", "jupyterlab", target.name]
+    )
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -113,12 +130,18 @@ def _version(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moe-course", description="Companion of the course on Mixture-of-Experts.")
+    parser = argparse.ArgumentParser(
+        prog="moe-course", description="Companion of the course on Mixture-of-Experts."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="check this machine and say how to mend what is missing")
+    doctor = commands.add_parser(
+        "doctor", help="check this machine and say how to mend what is missing"
+    )
     doctor.set_defaults(run=_doctor)
-    start = commands.add_parser("start", help="copy an exercise to my_work/ and open it in JupyterLab")
+    start = commands.add_parser(
+        "start", help="copy an exercise to my_work/ and open it in JupyterLab"
+    )
     start.add_argument("number", help="number of the exercise, such as 01")
     start.add_argument("--no-open", action="store_true", help="only make the copy")
     start.set_defaults(run=_start)
@@ -129,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("notebooks", nargs="+", metavar="NOTEBOOK_OR_FOLDER")
     check.set_defaults(run=_check)
-    count = commands.add_parser("count", help="count the parameters of a published config.json")
+    count = commands.add_parser(
+        "count", help="count the parameters of a published config.json"
+    )
     count.add_argument("config", metavar="config.json")
     count.set_defaults(run=_count)
     version = commands.add_parser("version", help="print the version")

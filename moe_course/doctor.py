@@ -32,13 +32,17 @@ def _version(package: str) -> str | None:
 
 def _python() -> Finding:
     ok = sys.version_info >= (3, 11)
-    return Finding(ok, f"python {platform.python_version()}", "install Python 3.11 or newer")
+    return Finding(
+        ok, f"python {platform.python_version()}", "install Python 3.11 or newer"
+    )
 
 
 def _torch() -> Finding:
     if importlib.util.find_spec("torch") is None:
         return Finding(
-            False, "torch is not installed", "make book, or pip install -c constraints.txt 'moe_course[dev]'"
+            False,
+            "torch is not installed",
+            "make book, or pip install -c constraints.txt 'moe_course[dev]'",
         )
     import torch
 
@@ -50,8 +54,13 @@ def _triton() -> Finding:
     if version:
         return Finding(True, f"triton {version}")
     if sys.platform != "linux":
-        return Finding(True, f"triton: no build for {platform.system()}; the kernel part skips its code and says so")
-    return Finding(False, "triton is not installed", "pip install -c constraints.txt triton")
+        return Finding(
+            True,
+            f"triton: no build for {platform.system()}; the kernel part skips its code and says so",
+        )
+    return Finding(
+        False, "triton is not installed", "pip install -c constraints.txt triton"
+    )
 
 
 def _cuda() -> Finding:
@@ -60,13 +69,21 @@ def _cuda() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return Finding(True, f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
-    return Finding(True, "CUDA: no GPU here; everything runs on the CPU, GPU figures are shown as recorded")
+        return Finding(
+            True, f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
+        )
+    return Finding(
+        True,
+        "CUDA: no GPU here; everything runs on the CPU, GPU figures are shown as recorded",
+    )
 
 
 def _kernel() -> Finding:
     remedy = "python -m pip install ipykernel, then python -m ipykernel install --sys-prefix --name python3"
-    if importlib.util.find_spec("jupyter_client") is None or importlib.util.find_spec("ipykernel") is None:
+    if (
+        importlib.util.find_spec("jupyter_client") is None
+        or importlib.util.find_spec("ipykernel") is None
+    ):
         return Finding(False, "the Jupyter kernel is not installed", remedy)
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
@@ -77,7 +94,9 @@ def _kernel() -> Finding:
     # Jupyter starts a bare "python" as the interpreter that it runs under itself.
     bare = python in ("python", "python3", "python{}.{}".format(*sys.version_info))
     ok = bare or os.path.abspath(python) == os.path.abspath(sys.executable)
-    return Finding(ok, f"kernel python3 runs {sys.executable if bare else python}", remedy)
+    return Finding(
+        ok, f"kernel python3 runs {sys.executable if bare else python}", remedy
+    )
 
 
 def chromium() -> str | None:
@@ -92,9 +111,20 @@ def _chromium() -> Finding:
     path = chromium()
     if path is None:
         remedy = "Debian, Ubuntu: apt-get install chromium"
-        return Finding(False, "no Chromium: the tests of the built pages are skipped", remedy, needed=False)
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
-    return Finding(done.returncode == 0, done.stdout.strip() or f"{path} does not start", "reinstall Chromium")
+        return Finding(
+            False,
+            "no Chromium: the tests of the built pages are skipped",
+            remedy,
+            needed=False,
+        )
+    done = subprocess.run(
+        [path, "--version"], capture_output=True, text=True, timeout=60, check=False
+    )
+    return Finding(
+        done.returncode == 0,
+        done.stdout.strip() or f"{path} does not start",
+        "reinstall Chromium",
+    )
 
 
 def sandbox_error() -> str:
@@ -102,12 +132,29 @@ def sandbox_error() -> str:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         return "bubblewrap is not installed"
-    words = [bwrap, "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"]
+    words = [
+        bwrap,
+        "--unshare-all",
+        "--die-with-parent",
+        "--ro-bind",
+        "/",
+        "/",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+    ]
     try:
-        done = subprocess.run([*words, "true"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [*words, "true"], capture_output=True, text=True, timeout=60, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"bubblewrap does not start ({error})"
-    return "" if done.returncode == 0 else f"bubblewrap does not start ({done.stderr.strip()[:160]})"
+    return (
+        ""
+        if done.returncode == 0
+        else f"bubblewrap does not start ({done.stderr.strip()[:160]})"
+    )
 
 
 def _sandbox() -> Finding:
@@ -128,7 +175,9 @@ def _sandbox() -> Finding:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    return Finding(free >= FREE_GB, f"disk: {free:.0f} GB free", f"free at least {FREE_GB} GB")
+    return Finding(
+        free >= FREE_GB, f"disk: {free:.0f} GB free", f"free at least {FREE_GB} GB"
+    )
 
 
 def findings() -> Iterator[Finding]:
@@ -140,7 +189,11 @@ def findings() -> Iterator[Finding]:
             yield check()
         except Exception as error:
             name = check.__name__.strip("_")
-            yield Finding(False, f"{name}: {type(error).__name__}: {error}", "report this with the lines above")
+            yield Finding(
+                False,
+                f"{name}: {type(error).__name__}: {error}",
+                "report this with the lines above",
+            )
 
 
 def report() -> int:
@@ -150,5 +203,8 @@ def report() -> int:
         print(f"[{'OK' if finding.ok else 'FAIL'}] {finding.what}")
         if not finding.ok:
             failed = True
-            print(f"       to mend it: {finding.remedy}" + ("" if finding.needed else " (not needed to read or solve)"))
+            print(
+                f"       to mend it: {finding.remedy}"
+                + ("" if finding.needed else " (not needed to read or solve)")
+            )
     return int(failed)

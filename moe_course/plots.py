@@ -63,10 +63,16 @@ _STYLE: Any = {
 
 
 @contextmanager
-def figure(width: float = 7.2, height: float = 4.0, **options: Any) -> Iterator[tuple[Figure, Any]]:
+def figure(
+    width: float = 7.2, height: float = 4.0, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
     """`with figure() as (fig, ax):` axes in the course's style; sizes in inches, options as of plt.subplots."""
     with mpl.rc_context(_STYLE):
         yield plt.subplots(figsize=(width, height), **options)
+        interactive = mpl.is_interactive()
+    # The first figure of a notebook loads its backend, which turns interactive mode on; rc_context would turn it off
+    # again, and no later figure would show.
+    mpl.interactive(interactive)
 
 
 def stored_and_used(ax: Axes, specs: Sequence[ModelSpec]) -> None:
@@ -75,11 +81,30 @@ def stored_and_used(ax: Axes, specs: Sequence[ModelSpec]) -> None:
     for row, spec in enumerate(specs):
         total, active = spec.total_params() / 1e9, spec.active_params() / 1e9
         ax.plot([active, total], [row, row], color="#B8B8B8", linewidth=2.5, zorder=1)
-        ax.scatter([total], [row], color=DENSE, s=46, zorder=2, label="stored (total)" if row == 0 else None)
         ax.scatter(
-            [active], [row], color=SPARSE, s=46, zorder=3, marker="D", label="used by one token" if row == 0 else None
+            [total],
+            [row],
+            color=DENSE,
+            s=46,
+            zorder=2,
+            label="stored (total)" if row == 0 else None,
         )
-        ax.text(total * 1.18, row, "dense" if spec.moe is None else f"{total / active:.1f}x", va="center", fontsize=9)
+        ax.scatter(
+            [active],
+            [row],
+            color=SPARSE,
+            s=46,
+            zorder=3,
+            marker="D",
+            label="used by one token" if row == 0 else None,
+        )
+        ax.text(
+            total * 1.18,
+            row,
+            "dense" if spec.moe is None else f"{total / active:.1f}x",
+            va="center",
+            fontsize=9,
+        )
     ax.set_yticks(range(len(specs)), [spec.name for spec in specs])
     ax.set_xscale("log")
     ax.set_xlim(right=2500)
@@ -132,12 +157,28 @@ def total_against_active(ax: Axes, specs: Sequence[ModelSpec]) -> None:
             )
     low, high = 0.9, 150.0
     for ratio in (1, 3, 10, 30):
-        ax.plot([low, high], [ratio * low, ratio * high], color="#9A9A9A", linewidth=0.9, linestyle=":", zorder=1)
-        ax.text(high * 1.05, ratio * high, "dense" if ratio == 1 else f"{ratio} : 1", fontsize=9, va="center")
+        ax.plot(
+            [low, high],
+            [ratio * low, ratio * high],
+            color="#9A9A9A",
+            linewidth=0.9,
+            linestyle=":",
+            zorder=1,
+        )
+        ax.text(
+            high * 1.05,
+            ratio * high,
+            "dense" if ratio == 1 else f"{ratio} : 1",
+            fontsize=9,
+            va="center",
+        )
     ax.scatter([], [], color=SPARSE, marker="D", label="sparse (MoE)")
     ax.scatter([], [], color=DENSE, marker="o", label="dense")
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(4, 4000))
-    ax.set(xlabel="active parameters per token (billions)", ylabel="total parameters (billions)")
+    ax.set(
+        xlabel="active parameters per token (billions)",
+        ylabel="total parameters (billions)",
+    )
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
     ax.legend(loc="lower right")

@@ -32,7 +32,9 @@ class Record:
 
     def provenance(self) -> str:
         """The line that stands beside every figure drawn from this record."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        versions = ", ".join(
+            f"{name} {version}" for name, version in self.versions.items()
+        )
         return (
             f"Recorded on {self.date[:10]} on {self.device} with {versions} by `{self.command}` "
             f"at revision {self.revision}."
@@ -41,7 +43,14 @@ class Record:
 
 def _revision(folder: Path) -> str:
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(
+            ["git", *words],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
         return done.stdout.strip()
 
     try:
@@ -69,22 +78,34 @@ def device_name() -> str:
     return f"{_cpu()} ({os.cpu_count()} cores)"
 
 
-def measure(name: str, command: str, rows: list[dict[str, Any]], packages: tuple[str, ...] = ("torch",)) -> Record:
+def measure(
+    name: str,
+    command: str,
+    rows: list[dict[str, Any]],
+    packages: tuple[str, ...] = ("torch",),
+) -> Record:
     """A record of `rows`, measured just now on this machine. Raises ValueError when there are no rows."""
     if not rows:
-        raise ValueError(f"record {name!r} has no rows: a measurement that produced nothing is not recorded")
+        raise ValueError(
+            f"record {name!r} has no rows: a measurement that produced nothing is not recorded"
+        )
     versions = {"python": platform.python_version()}
     for package in packages:
         versions[package] = metadata.version(package)
     now = datetime.now(UTC).isoformat(timespec="minutes")
-    return Record(name, command, device_name(), versions, now, _revision(Path.cwd()), rows)
+    return Record(
+        name, command, device_name(), versions, now, _revision(Path.cwd()), rows
+    )
 
 
 def save(record: Record, path: Path) -> None:
     """Write a record as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
     partial.replace(path)
 
 
@@ -97,5 +118,7 @@ def load(path: Path) -> Record:
     expected = {field.name for field in fields(Record)}
     if not isinstance(raw, dict) or set(raw) != expected:
         missing = expected - set(raw) if isinstance(raw, dict) else expected
-        raise ValueError(f"{path} is no record: it lacks {', '.join(sorted(missing)) or 'nothing, but has more'}")
+        raise ValueError(
+            f"{path} is no record: it lacks {', '.join(sorted(missing)) or 'nothing, but has more'}"
+        )
     return Record(**raw)

@@ -1,4 +1,6 @@
-"""`show(function)`: the package's own source in a notebook, so that a page never holds a copy of code."""
+"""`show(function)`: the package's own source in a notebook, so that a page never holds
+a copy of code.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from typing import Any
 
 
 def show(*objects: type | Callable[..., Any]) -> Any:
-    """Display the source of functions or classes, highlighted, with the file that holds it."""
+    """Display the source of functions or classes, highlighted, with the file that holds
+    it.
+    """
     from IPython.display import Code
 
     parts = []

@@ -129,7 +129,15 @@ check("01.3", gqa_params)
 
 
 # %% tags=["01.4"]
-def mla_params(width: int, heads: int, q_rank: int, kv_rank: int, nope_dim: int, rope_dim: int, v_dim: int) -> int:
+def mla_params(
+    width: int,
+    heads: int,
+    q_rank: int,
+    kv_rank: int,
+    nope_dim: int,
+    rope_dim: int,
+    v_dim: int,
+) -> int:
     """Weights of multi-head latent attention, with the norms on its two latents."""
     query_down = q_rank * width
     query_up = heads * (nope_dim + rope_dim) * q_rank
@@ -244,7 +252,10 @@ def figure_for(question: str) -> str:
     # BEGIN SOLUTION
     if question == "whether it answers better than another model":
         return "neither"
-    per_token = ("FLOPs to process one token", "weights read from memory to decode one token of one user")
+    per_token = (
+        "FLOPs to process one token",
+        "weights read from memory to decode one token of one user",
+    )
     return "active" if question in per_token else "total"
     # END SOLUTION
 

@@ -15,7 +15,9 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def claims(root):
-    with (root / "book" / "data" / "claims.csv").open(encoding="utf-8", newline="") as file:
+    with (root / "book" / "data" / "claims.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
         return list(csv.DictReader(file))
 
 
@@ -23,7 +25,9 @@ def test_every_expected_claim_is_met_once(claims):
     ids = [claim["id"] for claim in claims]
     assert len(ids) == len(set(ids))
     for part, expected in EXPECTED.items():
-        assert {c["id"] for c in claims if c["part"] == part} == set(expected.split()), part
+        assert {c["id"] for c in claims if c["part"] == part} == set(
+            expected.split()
+        ), part
 
 
 def test_rows_are_complete(claims):
@@ -34,7 +38,9 @@ def test_rows_are_complete(claims):
 
 def page_text(root, page):
     notebook = nbformat.read(root / "book" / f"{page}.ipynb", as_version=4)
-    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return "\n".join(
+        cell.source for cell in notebook.cells if cell.cell_type == "markdown"
+    )
 
 
 def test_anchor_exists_and_its_verdict_stands_beside_it(root, claims):

@@ -29,8 +29,17 @@ def _refused(capsys, *words: str) -> str:
 
 
 def test_version_through_the_module(root):
-    done = subprocess.run([sys.executable, "-m", "moe_course.cli", "version"], cwd=root, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"moe-course {moe_course.__version__}\n", "")
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_course.cli", "version"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"moe-course {moe_course.__version__}\n",
+        "",
+    )
 
 
 def test_an_unknown_command_is_refused(capsys):
@@ -44,12 +53,22 @@ def test_count_prints_the_breakdown(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(dict(MIXTRAL)))
     assert cli.main(["count", str(path)]) == 0
-    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()[1:-1]}
+    rows = {
+        line[:16].strip(): line[16:].split()
+        for line in capsys.readouterr().out.splitlines()[1:-1]
+    }
     assert rows["all"] == ["46,702,792,704", "12,879,925,248"]
     assert rows["experts"] == ["45,097,156,608", "11,274,289,152"]
     assert "shared" not in rows  # a component that the model does not have
-    parts = [[int(n.replace(",", "")) for n in row] for name, row in rows.items() if name != "all"]
-    assert [sum(column) for column in zip(*parts, strict=True)] == [46_702_792_704, 12_879_925_248]
+    parts = [
+        [int(n.replace(",", "")) for n in row]
+        for name, row in rows.items()
+        if name != "all"
+    ]
+    assert [sum(column) for column in zip(*parts, strict=True)] == [
+        46_702_792_704,
+        12_879_925_248,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +79,18 @@ def test_count_prints_the_breakdown(tmp_path, capsys):
         ("\udcff", "is not JSON"),
         ("[1, 2]", "one object, got list"),
         (json.dumps({"model_type": "gpt2"}), "unknown model_type 'gpt2'"),
-        (json.dumps({k: v for k, v in MIXTRAL.items() if k != "hidden_size"}), "lacks the key 'hidden_size'"),
-        (json.dumps({**MIXTRAL, "num_local_experts": 1}), r"k (2) must not exceed the number of experts (1)"),
-        (json.dumps({**MIXTRAL, "tie_word_embeddings": "false"}), "tied_embeddings must be True or False"),
+        (
+            json.dumps({k: v for k, v in MIXTRAL.items() if k != "hidden_size"}),
+            "lacks the key 'hidden_size'",
+        ),
+        (
+            json.dumps({**MIXTRAL, "num_local_experts": 1}),
+            r"k (2) must not exceed the number of experts (1)",
+        ),
+        (
+            json.dumps({**MIXTRAL, "tie_word_embeddings": "false"}),
+            "tied_embeddings must be True or False",
+        ),
     ],
 )
 def test_count_says_what_is_wrong_with_a_config(tmp_path, capsys, text, reason):
@@ -87,7 +115,9 @@ def course(tmp_path, root, monkeypatch):
 def test_start_copies_an_exercise_and_never_overwrites_it(course, capsys):
     copy = course / "my_work" / "01_concepts.ipynb"
     assert cli.main(["start", "01", "--no-open"]) == 0
-    assert copy.read_bytes() == (course / "exercises" / "01_concepts.ipynb").read_bytes()
+    assert (
+        copy.read_bytes() == (course / "exercises" / "01_concepts.ipynb").read_bytes()
+    )
     assert str(copy) in capsys.readouterr().out
     copy.write_text("my work")
     assert cli.main(["start", "01", "--no-open"]) == 0
@@ -110,12 +140,20 @@ def test_start_of_an_exercise_that_does_not_exist(course, capsys, number):
 def test_start_outside_the_course(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # As if the package were installed elsewhere: the folder beside it is searched last.
-    monkeypatch.setattr(grading_notebook, "__file__", str(tmp_path / "lib" / "moe_course" / "grading" / "notebook.py"))
-    assert "run this inside the course's folder" in _refused(capsys, "start", "01", "--no-open")
+    monkeypatch.setattr(
+        grading_notebook,
+        "__file__",
+        str(tmp_path / "lib" / "moe_course" / "grading" / "notebook.py"),
+    )
+    assert "run this inside the course's folder" in _refused(
+        capsys, "start", "01", "--no-open"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_start_without_jupyterlab_makes_the_copy_and_says_so(course, monkeypatch, capsys):
+def test_start_without_jupyterlab_makes_the_copy_and_says_so(
+    course, monkeypatch, capsys
+):
     monkeypatch.setattr(cli.shutil, "which", lambda *args, **kwargs: None)
     assert cli.main(["start", "01"]) == 2
     assert "JupyterLab is not installed" in capsys.readouterr().err
@@ -125,7 +163,9 @@ def test_start_without_jupyterlab_makes_the_copy_and_says_so(course, monkeypatch
 def test_start_opens_the_copy(course, monkeypatch):
     started = []
     monkeypatch.setattr(cli.shutil, "which", lambda *args, **kwargs: "jupyter-lab")
-    monkeypatch.setattr(cli.os, "spawnv", lambda mode, program, words: started.append(words) or 0)
+    monkeypatch.setattr(
+        cli.os, "spawnv", lambda mode, program, words: started.append(words) or 0
+    )
     assert cli.main(["start", "01"]) == 0
     assert started == [[sys.executable, "-m", "jupyterlab", "01_concepts.ipynb"]]
 
@@ -137,7 +177,9 @@ def worked(root):
 
 def _check(capsys, path, *cells_to_add, notebook=None) -> tuple[int, str]:
     if notebook is not None:
-        notebook.cells[1:1] = [nbformat.v4.new_code_cell(source) for source in cells_to_add]
+        notebook.cells[1:1] = [
+            nbformat.v4.new_code_cell(source) for source in cells_to_add
+        ]
         nbformat.write(notebook, path)
     code = cli.main(["check", str(path)])
     out, err = capsys.readouterr()
@@ -167,19 +209,30 @@ def test_check_recognises_a_renamed_notebook_without_metadata(tmp_path, capsys, 
 
 
 def test_check_grades_answers_whose_check_cells_were_deleted(tmp_path, capsys, worked):
-    worked.cells = [cell for cell in worked.cells if "check(" not in cell.source and "total(" not in cell.source]
+    worked.cells = [
+        cell
+        for cell in worked.cells
+        if "check(" not in cell.source and "total(" not in cell.source
+    ]
     code, out = _check(capsys, tmp_path / "01.ipynb", notebook=worked)
     assert (code, "20 of 20  in all" in out) == (0, True)
 
 
 def test_check_goes_on_after_a_cell_that_raises(tmp_path, capsys, worked):
-    code, out = _check(capsys, tmp_path / "01.ipynb", "raise RuntimeError('on purpose')", notebook=worked)
+    code, out = _check(
+        capsys,
+        tmp_path / "01.ipynb",
+        "raise RuntimeError('on purpose')",
+        notebook=worked,
+    )
     assert "! cell 2 raised RuntimeError: on purpose" in out
     assert (code, "20 of 20  in all" in out) == (0, True)
 
 
 def test_check_survives_a_cell_that_kills_the_kernel(tmp_path, capsys, worked):
-    code, out = _check(capsys, tmp_path / "01.ipynb", "import os; os._exit(1)", notebook=worked)
+    code, out = _check(
+        capsys, tmp_path / "01.ipynb", "import os; os._exit(1)", notebook=worked
+    )
     assert "kernel died" in out
     assert (code, " 0 of 20  in all" in out) == (1, True)
 
@@ -192,7 +245,11 @@ def test_check_survives_a_cell_that_kills_the_kernel(tmp_path, capsys, worked):
         ("cut.ipynb", '{"cells": [{"cell_type": "co', "not a notebook"),
         ("list.ipynb", "[]", "not a notebook"),
         ("empty.ipynb", "", "not a notebook"),
-        ("other.ipynb", nbformat.writes(nbformat.v4.new_notebook()), "belongs to no exercise"),
+        (
+            "other.ipynb",
+            nbformat.writes(nbformat.v4.new_notebook()),
+            "belongs to no exercise",
+        ),
     ],
 )
 def test_check_says_what_is_wrong_with_a_file(tmp_path, capsys, name, content, reason):

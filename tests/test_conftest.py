@@ -29,17 +29,35 @@ def test_known():
 
 
 @pytest.mark.parametrize(
-    ("no_skip", "code", "outcomes"), [("0", 0, "3 skipped, 1 xfailed"), ("1", 1, "1 failed, 1 skipped, 1 xfailed")]
+    ("no_skip", "code", "outcomes"),
+    [("0", 0, "3 skipped, 1 xfailed"), ("1", 1, "1 failed, 1 skipped, 1 xfailed")],
 )
-def test_skips_are_listed_and_refused_on_demand(root, tmp_path, no_skip, code, outcomes):
+def test_skips_are_listed_and_refused_on_demand(
+    root, tmp_path, no_skip, code, outcomes
+):
     shutil.copy(root / "tests" / "conftest.py", tmp_path)
     shutil.copy(root / "pyproject.toml", tmp_path)
     for name, text in INNER.items():
         (tmp_path / name).write_text(text)
     # The module that cannot be collected ends a run without this option, before any test.
-    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", "-p", "no:cacheprovider", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        ".",
+    ]
     environment = os.environ | {"MOE_COURSE_NO_SKIP": no_skip}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert outcomes in done.stdout.splitlines()[-1], done.stdout
     assert done.returncode == code
     summary = done.stdout.partition("short test summary info")[2]
@@ -49,5 +67,8 @@ def test_skips_are_listed_and_refused_on_demand(root, tmp_path, no_skip, code, o
         assert "no_such_peer" in summary
     else:
         assert "allows no skip but the GPU's: Skipped: no Chromium" in done.stdout
-        assert "allows no skip but the GPU's: Skipped: could not import 'no_such_peer'" in done.stdout
+        assert (
+            "allows no skip but the GPU's: Skipped: could not import 'no_such_peer'"
+            in done.stdout
+        )
         assert "1 error" in done.stdout

@@ -12,7 +12,10 @@ CELL = "def f(x):\n    # Your code here.\n    # BEGIN SOLUTION\n    return x\n  
 
 
 def masters(root):
-    return [root / "solutions" / f"{load_exercise(number).stem}.py" for number in exercise_numbers()]
+    return [
+        root / "solutions" / f"{load_exercise(number).stem}.py"
+        for number in exercise_numbers()
+    ]
 
 
 def test_same_bytes_every_time(root):
@@ -37,7 +40,9 @@ def test_solving_only_adds_lines(root):
         added = 0
         for stub, solved in zip(stubs, worked, strict=True):
             rest = iter(solved)
-            assert all(line in rest for line in stub), stub  # a subsequence: in order, nothing lost
+            assert all(line in rest for line in stub), (
+                stub
+            )  # a subsequence: in order, nothing lost
             added += len(solved) - len(stub)
         assert added >= len(load_exercise(master.name[:2]).questions)
 
@@ -46,7 +51,9 @@ def test_no_solution_in_the_exercise(root):
     for master in masters(root):
         exercise, worked = d.derive(master, "")
         assert "SOLUTION" not in exercise + worked
-        assert "return" not in "\n".join("\n".join(cell) for cell in code_lines(exercise))
+        assert "return" not in "\n".join(
+            "\n".join(cell) for cell in code_lines(exercise)
+        )
 
 
 def test_markers():
@@ -54,7 +61,10 @@ def test_markers():
     assert d.with_solution(CELL) == "def f(x):\n    # Your code here.\n    return x"
 
 
-@pytest.mark.parametrize("text", ["# BEGIN SOLUTION\nx", "x\n# END SOLUTION", "# BEGIN SOLUTION\n# BEGIN SOLUTION"])
+@pytest.mark.parametrize(
+    "text",
+    ["# BEGIN SOLUTION\nx", "x\n# END SOLUTION", "# BEGIN SOLUTION\n# BEGIN SOLUTION"],
+)
 def test_unbalanced_markers_are_refused(text):
     with pytest.raises(ValueError, match="SOLUTION"):
         d.without_solution(text)
@@ -66,7 +76,11 @@ def test_unbalanced_markers_are_refused(text):
         ("{meta 01.3}", "", "01.3 needs a text"),
         ('tags=["01.3"]', "", "01.3 needs a text"),
         ("def gqa_params(", "def other(", "must define gqa_params"),
-        ("    # BEGIN SOLUTION\n    queries_and_output", "    queries_and_output", "unbalanced"),
+        (
+            "    # BEGIN SOLUTION\n    queries_and_output",
+            "    queries_and_output",
+            "unbalanced",
+        ),
     ],
 )
 def test_incomplete_masters_are_refused(root, tmp_path, old, new, complaint):
@@ -83,7 +97,9 @@ def test_question_without_a_solution_is_refused(root, tmp_path):
     start = text.index("    # BEGIN SOLUTION\n    weights")
     end = text.index("    # END SOLUTION", start)
     master = tmp_path / "01_concepts.py"
-    master.write_text(text[:start] + "    # BEGIN SOLUTION\n" + text[end:], encoding="utf-8")
+    master.write_text(
+        text[:start] + "    # BEGIN SOLUTION\n" + text[end:], encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"01\.1 has no solution"):
         d.derive(master, "")
 
@@ -91,7 +107,10 @@ def test_question_without_a_solution_is_refused(root, tmp_path):
 def test_metadata_on_the_page_is_that_of_the_checks(root):
     exercise, _ = d.derive(root / "solutions" / "01_concepts.py", "")
     question = load_exercise("01").question("01.4")
-    assert f"*{question.points} points · difficulty ●●● · about {question.minutes} minutes*" in exercise
+    assert (
+        f"*{question.points} points · difficulty ●●● · about {question.minutes} minutes*"
+        in exercise
+    )
     assert "{meta" not in exercise
     assert "{minutes}" not in exercise
 
@@ -113,7 +132,9 @@ def test_stray_outputs_are_named(tmp_path):
     output = nbformat.v4.new_output("stream", text="1\n")
     stray = nbformat.v4.new_code_cell("print(1)", outputs=[output], execution_count=1)
     golden = nbformat.v4.new_code_cell("print(1)", metadata={"tags": [d.GOLDEN]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[stray, golden]), tmp_path / "n.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[stray, golden]), tmp_path / "n.ipynb"
+    )
     complaints = d.stray_outputs(tmp_path / "n.ipynb")
     assert len(complaints) == 3
     assert "stored outputs" in complaints[0]

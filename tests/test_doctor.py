@@ -56,8 +56,14 @@ def test_missing_programs_fail_with_a_remedy(capsys, no_programs):
     code, lines = _report(capsys)
     failed = _failures(lines)
     assert code == 1
-    assert "apt-get install chromium (not needed" in failed["no Chromium: the tests of the built pages are skipped"]
-    assert "apt-get install bubblewrap (not needed" in failed["sandbox: bubblewrap is not installed"]
+    assert (
+        "apt-get install chromium (not needed"
+        in failed["no Chromium: the tests of the built pages are skipped"]
+    )
+    assert (
+        "apt-get install bubblewrap (not needed"
+        in failed["sandbox: bubblewrap is not installed"]
+    )
 
 
 def test_missing_packages_fail_with_a_remedy(capsys, monkeypatch):
@@ -69,7 +75,11 @@ def test_missing_packages_fail_with_a_remedy(capsys, monkeypatch):
         return version(name)
 
     hidden = ("torch", "ipykernel")
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in hidden else find(name))
+    monkeypatch.setattr(
+        doctor.importlib.util,
+        "find_spec",
+        lambda name: None if name in hidden else find(name),
+    )
     monkeypatch.setattr(doctor.metadata, "version", no_version)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     code, lines = _report(capsys)
@@ -88,17 +98,23 @@ def test_triton_is_not_missed_where_there_is_no_build_of_it(monkeypatch):
 
 
 def test_a_full_disk_and_an_old_python_fail(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=2e9))
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=2e9)
+    )
     monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 2))
     code, lines = _report(capsys)
     failed = _failures(lines)
     assert code == 1
     assert failed["disk: 2 GB free"] == "to mend it: free at least 5 GB"
-    assert any("3.11" in remedy for what, remedy in failed.items() if what.startswith("python"))
+    assert any(
+        "3.11" in remedy for what, remedy in failed.items() if what.startswith("python")
+    )
 
 
 def test_a_sandbox_that_is_there_but_does_not_start_fails(monkeypatch):
-    refused = subprocess.CompletedProcess([], 1, "", "bwrap: setting up uid map: Permission denied")
+    refused = subprocess.CompletedProcess(
+        [], 1, "", "bwrap: setting up uid map: Permission denied"
+    )
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/bwrap")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: refused)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
@@ -111,9 +127,15 @@ def test_a_sandbox_that_is_there_but_does_not_start_fails(monkeypatch):
 def test_a_kernel_of_another_python_fails(monkeypatch):
     from jupyter_client.kernelspec import KernelSpecManager
 
-    for argv, ok in ((["python"], True), ([doctor.sys.executable], True), (["/opt/other/bin/python"], False)):
+    for argv, ok in (
+        (["python"], True),
+        ([doctor.sys.executable], True),
+        (["/opt/other/bin/python"], False),
+    ):
         spec = SimpleNamespace(argv=argv)
-        monkeypatch.setattr(KernelSpecManager, "get_kernel_spec", lambda self, name, spec=spec: spec)
+        monkeypatch.setattr(
+            KernelSpecManager, "get_kernel_spec", lambda self, name, spec=spec: spec
+        )
         assert doctor._kernel().ok is ok
 
 

@@ -8,7 +8,15 @@ import nbformat
 import pytest
 
 from moe_course.grading import core, notebook
-from moe_course.grading.core import Answer, Failure, Invariant, Question, exercise_numbers, grade, load_exercise
+from moe_course.grading.core import (
+    Answer,
+    Failure,
+    Invariant,
+    Question,
+    exercise_numbers,
+    grade,
+    load_exercise,
+)
 from moe_course.grading.derive import with_solution
 
 SEEDS = range(5)
@@ -39,9 +47,13 @@ def test_wrong_answers_fail_at_the_named_invariant(root, number):
         for what, answer, name in wrong:
             for seed in SEEDS:
                 outcome = grade(question, answer, seed)
-                failed = [line.name for line in outcome.lines if line.status == core.FAILED]
+                failed = [
+                    line.name for line in outcome.lines if line.status == core.FAILED
+                ]
                 assert failed, f"{question_id}, {what}: passes with seed {seed}"
-                assert failed[0] == name, f"{question_id}, {what}: fails at {failed[0]!r}"
+                assert failed[0] == name, (
+                    f"{question_id}, {what}: fails at {failed[0]!r}"
+                )
                 assert outcome.points < question.points
 
 
@@ -60,14 +72,18 @@ def test_right_answers_pass(root, number):
     for question_id, right in filed(root, number).RIGHT.items():
         for answer in right:
             for seed in SEEDS:
-                outcome = grade(load_exercise(number).question(question_id), answer, seed)
+                outcome = grade(
+                    load_exercise(number).question(question_id), answer, seed
+                )
                 assert outcome.full, f"{question_id}: {outcome.text()}"
 
 
 def worked_names(root, number):
     """Run a worked notebook's definitions in this process."""
     names = {}
-    for cell in nbformat.read(root / "solutions" / f"{load_exercise(number).stem}.ipynb", as_version=4).cells:
+    for cell in nbformat.read(
+        root / "solutions" / f"{load_exercise(number).stem}.ipynb", as_version=4
+    ).cells:
         if cell.cell_type == "code" and "def " in cell.source:
             exec(cell.source, names)
     return names
@@ -76,9 +92,14 @@ def worked_names(root, number):
 @pytest.mark.parametrize("number", exercise_numbers())
 def test_solution_scores_full_and_stub_nothing(root, number):
     exercise = load_exercise(number)
-    assert sum(o.points for o in notebook.grade_all(number, worked_names(root, number), 0)) == exercise.points
+    assert (
+        sum(o.points for o in notebook.grade_all(number, worked_names(root, number), 0))
+        == exercise.points
+    )
     stubs = {}
-    for cell in nbformat.read(root / "exercises" / f"{exercise.stem}.ipynb", as_version=4).cells:
+    for cell in nbformat.read(
+        root / "exercises" / f"{exercise.stem}.ipynb", as_version=4
+    ).cells:
         if cell.cell_type == "code" and "def " in cell.source:
             exec(cell.source, stubs)
     outcomes = notebook.grade_all(number, stubs, 0)
@@ -97,7 +118,9 @@ def test_one_broken_answer_fails_nbval(root, tmp_path, stem):
     broken = nbformat.read(root / "solutions" / f"{stem}.ipynb", as_version=4)
     (cell,) = [c for c in broken.cells if "01.3" in c.metadata.get("tags", ())]
     assert "queries_and_output + keys_and_values" in cell.source
-    cell.source = cell.source.replace("queries_and_output + keys_and_values", "queries_and_output")
+    cell.source = cell.source.replace(
+        "queries_and_output + keys_and_values", "queries_and_output"
+    )
     nbformat.write(broken, tmp_path / "broken.ipynb")
     command = [
         sys.executable,
@@ -110,7 +133,12 @@ def test_one_broken_answer_fails_nbval(root, tmp_path, stem):
         "--rootdir",
         str(tmp_path),
     ]
-    done = subprocess.run([*command, str(tmp_path / "broken.ipynb")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(tmp_path / "broken.ipynb")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1, done.stdout
     assert "the solutions must earn full marks" in done.stdout
 
@@ -138,7 +166,10 @@ def test_smallest_failing_case_is_shown():
     assert "expected 1, got 7" in outcome.lines[0].detail
 
 
-@pytest.mark.parametrize("answer", [lambda n: float(n), lambda n: n == 3 or n, lambda n: type("I", (int,), {})(n)])
+@pytest.mark.parametrize(
+    "answer",
+    [lambda n: float(n), lambda n: n == 3 or n, lambda n: type("I", (int,), {})(n)],
+)
 def test_lookalikes_of_an_integer_do_not_pass(answer):
     assert not grade(one_question(count_to_three), answer).full
 
@@ -151,9 +182,14 @@ def test_an_object_that_equals_everything_does_not_pass():
         __hash__ = None
 
     assert not grade(one_question(count_to_three), lambda n: Equal()).full
-    outcome = grade(load_exercise("01").question("01.5"), lambda **case: (Equal(), Equal()), 0)
+    outcome = grade(
+        load_exercise("01").question("01.5"), lambda **case: (Equal(), Equal()), 0
+    )
     assert outcome.points == 0
-    assert grade(load_exercise("01").question("01.7"), lambda question: Equal(), 0).points == 0
+    assert (
+        grade(load_exercise("01").question("01.7"), lambda question: Equal(), 0).points
+        == 0
+    )
 
 
 def test_mutating_an_argument_is_seen():
@@ -185,7 +221,9 @@ def test_use_of_the_package_is_seen_through_a_try():
         except Exception:
             return n
 
-    assert "calls the package" in grade(one_question(count_to_three), sly).lines[0].detail
+    assert (
+        "calls the package" in grade(one_question(count_to_three), sly).lines[0].detail
+    )
 
 
 def test_the_profile_hook_is_put_back():
@@ -234,14 +272,21 @@ def test_unknown_exercise_and_question_are_named():
         load_exercise("01").question("01.9")
 
 
-def test_check_offers_the_solution_after_two_different_attempts(root, capsys, monkeypatch):
+def test_check_offers_the_solution_after_two_different_attempts(
+    root, capsys, monkeypatch
+):
     monkeypatch.setattr(notebook, "_attempts", {})
     monkeypatch.chdir(root / "exercises")
     notebook.solution("01.1")
     assert "2 more attempts" in capsys.readouterr().out
-    for attempt in (lambda width, hidden, bias=False: width, lambda width, hidden, bias=False: hidden):
+    for attempt in (
+        lambda width, hidden, bias=False: width,
+        lambda width, hidden, bias=False: hidden,
+    ):
         notebook.check("01.1", attempt, seed=0)
-        notebook.check("01.1", attempt, seed=0)  # the same code again is no second attempt
+        notebook.check(
+            "01.1", attempt, seed=0
+        )  # the same code again is no second attempt
         if attempt(1, 2) == 1:
             notebook.solution("01.1")
             assert "1 more attempt of" in capsys.readouterr().out

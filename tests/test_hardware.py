@@ -46,6 +46,9 @@ def test_figures_are_those_of_the_data_sheet(name):
 def test_figures_are_in_order(name):
     chip = accelerators[name]
     peaks = [chip.bf16] if chip.fp8 is None else [chip.bf16, chip.fp8]
-    assert all(math.isfinite(x) and x > 0 for x in (*peaks, chip.bandwidth, chip.capacity, chip.link_bandwidth))
+    assert all(
+        math.isfinite(x) and x > 0
+        for x in (*peaks, chip.bandwidth, chip.capacity, chip.link_bandwidth)
+    )
     assert peaks == sorted(peaks)
     assert chip.link_bandwidth < chip.bandwidth < chip.bf16

@@ -62,7 +62,11 @@ def _real_counts(config: Config) -> dict[str, int]:
     model = _real_model(config)
     # DeepSeek-V3 stores the balancing bias of its router as a buffer; tied weights are listed once.
     stored = [*model.named_parameters()]
-    stored += [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
+    stored += [
+        item
+        for item in model.named_buffers()
+        if item[0].endswith("e_score_correction_bias")
+    ]
     counts: Counter[str] = Counter()
     for name, tensor in stored:
         counts[_component(name)] += tensor.numel()
@@ -95,7 +99,11 @@ def _base(r: random.Random) -> Config:
 
 def _grouped(r: random.Random, base: Config) -> Config:
     heads = base["num_attention_heads"]
-    return {"num_key_value_heads": r.choice([n for n in range(1, heads + 1) if heads % n == 0])}
+    return {
+        "num_key_value_heads": r.choice(
+            [n for n in range(1, heads + 1) if heads % n == 0]
+        )
+    }
 
 
 def _maybe(r: random.Random, **keys: Any) -> Config:
@@ -112,12 +120,22 @@ def _hidden(r: random.Random) -> int:
 
 
 def _llama(r: random.Random, base: Config) -> Config:
-    options = _maybe(r, head_dim=2 * r.randint(1, 5), attention_bias=_coin(r), mlp_bias=_coin(r), **_grouped(r, base))
+    options = _maybe(
+        r,
+        head_dim=2 * r.randint(1, 5),
+        attention_bias=_coin(r),
+        mlp_bias=_coin(r),
+        **_grouped(r, base),
+    )
     return options | {"intermediate_size": _hidden(r)}
 
 
 def _mistral(r: random.Random, base: Config) -> Config:
-    return _grouped(r, base) | _maybe(r, head_dim=2 * r.randint(1, 5)) | {"intermediate_size": _hidden(r)}
+    return (
+        _grouped(r, base)
+        | _maybe(r, head_dim=2 * r.randint(1, 5))
+        | {"intermediate_size": _hidden(r)}
+    )
 
 
 def _experts(r: random.Random, key: str) -> Config:
@@ -130,18 +148,28 @@ def _mixtral(r: random.Random, base: Config) -> Config:
 
 
 def _some_layers(r: random.Random, base: Config) -> list[int]:
-    return sorted(r.sample(range(base["num_hidden_layers"]), r.randint(0, base["num_hidden_layers"])))
+    return sorted(
+        r.sample(
+            range(base["num_hidden_layers"]), r.randint(0, base["num_hidden_layers"])
+        )
+    )
 
 
 def _qwen_sparse(r: random.Random, base: Config) -> Config:
-    optional = _maybe(r, decoder_sparse_step=r.randint(1, 4), mlp_only_layers=_some_layers(r, base))
+    optional = _maybe(
+        r, decoder_sparse_step=r.randint(1, 4), mlp_only_layers=_some_layers(r, base)
+    )
     sizes = {"intermediate_size": _hidden(r), "moe_intermediate_size": _hidden(r)}
     return sizes | optional | _experts(r, "num_experts") | _grouped(r, base)
 
 
 def _qwen2_moe(r: random.Random, base: Config) -> Config:
     shared = {"shared_expert_intermediate_size": _hidden(r)}
-    return _qwen_sparse(r, base) | shared | _maybe(r, qkv_bias=_coin(r), head_dim=2 * r.randint(1, 5))
+    return (
+        _qwen_sparse(r, base)
+        | shared
+        | _maybe(r, qkv_bias=_coin(r), head_dim=2 * r.randint(1, 5))
+    )
 
 
 def _qwen3(r: random.Random, base: Config) -> Config:
@@ -150,7 +178,11 @@ def _qwen3(r: random.Random, base: Config) -> Config:
 
 
 def _qwen3_moe(r: random.Random, base: Config) -> Config:
-    return _qwen_sparse(r, base) | {"head_dim": 2 * r.randint(1, 5)} | _maybe(r, attention_bias=_coin(r))
+    return (
+        _qwen_sparse(r, base)
+        | {"head_dim": 2 * r.randint(1, 5)}
+        | _maybe(r, attention_bias=_coin(r))
+    )
 
 
 def _olmoe(r: random.Random, base: Config) -> Config:
@@ -169,13 +201,20 @@ def _deepseek(r: random.Random, base: Config) -> Config:
         "qk_nope_head_dim": r.randint(1, 9),
         "qk_rope_head_dim": 2 * r.randint(1, 4),
         "v_head_dim": r.randint(1, 9),
-        **_maybe(r, attention_bias=_coin(r), mlp_bias=_coin(r)),  # mlp_bias: a key of version 2 only
+        **_maybe(
+            r, attention_bias=_coin(r), mlp_bias=_coin(r)
+        ),  # mlp_bias: a key of version 2 only
     }
 
 
 def _gpt_oss(r: random.Random, base: Config) -> Config:
     sizes = {"head_dim": 2 * r.randint(1, 5), "intermediate_size": _hidden(r)}
-    return sizes | _grouped(r, base) | _experts(r, "num_local_experts") | _maybe(r, attention_bias=_coin(r))
+    return (
+        sizes
+        | _grouped(r, base)
+        | _experts(r, "num_local_experts")
+        | _maybe(r, attention_bias=_coin(r))
+    )
 
 
 def _llama4_text(r: random.Random, base: Config) -> Config:
@@ -191,13 +230,19 @@ def _llama4_text(r: random.Random, base: Config) -> Config:
 
 
 def _dbrx(r: random.Random, base: Config) -> Config:
-    renamed = {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
+    renamed = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    }
     for old, new in renamed.items():
         base[new] = base.pop(old)
     base["tie_word_embeddings"] = False  # the class refuses to tie
     experts = _experts(r, "moe_num_experts")
     return {
-        "attn_config": {"kv_n_heads": r.choice([n for n in range(1, 7) if base["n_heads"] % n == 0])},
+        "attn_config": {
+            "kv_n_heads": r.choice([n for n in range(1, 7) if base["n_heads"] % n == 0])
+        },
         "ffn_config": {
             "ffn_hidden_size": _hidden(r),
             "moe_num_experts": experts["moe_num_experts"],
@@ -240,7 +285,9 @@ def test_every_family_that_is_read_is_compared():
     with pytest.raises(ValueError, match="the families read here are") as caught:
         ModelSpec.from_hf_config({"model_type": "?"})
     named = str(caught.value).partition("are ")[2].partition(";")[0].split(", ")
-    assert set(named) == set(FAMILIES) | {"llama4"}  # llama4 wraps llama4_text: test_hf_config.py
+    assert set(named) == set(FAMILIES) | {
+        "llama4"
+    }  # llama4 wraps llama4_text: test_hf_config.py
 
 
 # The real class has a number of its own for each key; where the reader asks for the key instead, it names it.

@@ -18,15 +18,26 @@ from matplotlib.colors import to_rgb
 from moe_course import plots
 from moe_course.specs import zoo
 
-PALETTE = {name: getattr(plots, name) for name in ("BLUE", "ORANGE", "GREEN", "VERMILION", "PURPLE", "SKY", "INK")}
+PALETTE = {
+    name: getattr(plots, name)
+    for name in ("BLUE", "ORANGE", "GREEN", "VERMILION", "PURPLE", "SKY", "INK")
+}
 # Complete dichromacy on linear RGB: Machado, Oliveira and Fernandes, IEEE TVCG 15 (2009), severity 1.0.
 VISION = {
     "full": np.eye(3),
     "protanopia": np.array(
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
     ),
     "deuteranopia": np.array(
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
     ),
 }
 
@@ -37,7 +48,16 @@ def _linear(color):
 
 
 def _lab(linear):
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    xyz = (
+        np.array(
+            [
+                [0.4124, 0.3576, 0.1805],
+                [0.2126, 0.7152, 0.0722],
+                [0.0193, 0.1192, 0.9505],
+            ]
+        )
+        @ linear
+    )
     x, y, z = np.cbrt(xyz / [0.9505, 1.0, 1.089])
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
@@ -49,7 +69,10 @@ def _distance(first, second, vision):
 
 @pytest.mark.parametrize("vision", VISION)
 def test_colours_are_told_apart(vision):
-    distances = {(a, b): _distance(PALETTE[a], PALETTE[b], VISION[vision]) for a, b in combinations(PALETTE, 2)}
+    distances = {
+        (a, b): _distance(PALETTE[a], PALETTE[b], VISION[vision])
+        for a, b in combinations(PALETTE, 2)
+    }
     closest = min(distances, key=distances.get)
     assert distances[closest] > 15, (closest, distances[closest])
     assert _distance(plots.DENSE, plots.SPARSE, VISION[vision]) > 60
@@ -92,9 +115,13 @@ def test_stored_and_used_puts_each_count_at_its_place():
         plots.stored_and_used(ax, specs)
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["llama-3.1-8b", "mixtral-8x7b", "deepseek-v3"]
-    points = sorted(tuple(offset) for dots in ax.collections for offset in dots.get_offsets())
+    points = sorted(
+        tuple(offset) for dots in ax.collections for offset in dots.get_offsets()
+    )
     expected = [
-        (count / 1e9, row) for row, n in enumerate(names) for count in (zoo[n].total_params(), zoo[n].active_params())
+        (count / 1e9, row)
+        for row, n in enumerate(names)
+        for count in (zoo[n].total_params(), zoo[n].active_params())
     ]
     np.testing.assert_allclose(points, sorted(expected))
     assert {text.get_text() for text in ax.texts} == {"dense", "3.6x", "17.9x"}
@@ -105,9 +132,19 @@ def test_layer_map_colours_the_sparse_layers():
     spec = zoo["deepseek-v3"]
     with plots.figure() as (fig, ax):
         plots.layer_map(ax, [spec])
-    colours = {round(bar.get_x() - 0.07): bar.get_facecolor() for bar in ax.patches if bar.get_width() > 0}
-    assert {layer for layer, c in colours.items() if c[:3] == to_rgb(plots.SPARSE)} == set(spec.moe_layers)
-    assert {layer for layer, c in colours.items() if c[:3] == to_rgb(plots.DENSE)} == {0, 1, 2}
+    colours = {
+        round(bar.get_x() - 0.07): bar.get_facecolor()
+        for bar in ax.patches
+        if bar.get_width() > 0
+    }
+    assert {
+        layer for layer, c in colours.items() if c[:3] == to_rgb(plots.SPARSE)
+    } == set(spec.moe_layers)
+    assert {layer for layer, c in colours.items() if c[:3] == to_rgb(plots.DENSE)} == {
+        0,
+        1,
+        2,
+    }
     plt.close(fig)
 
 
@@ -115,7 +152,11 @@ def test_names_beside_the_points_do_not_meet():
     with plots.figure() as (fig, ax):
         plots.total_against_active(ax, list(zoo.values()))
         fig.draw_without_rendering()
-        boxes = {text.get_text(): text.get_window_extent() for text in ax.texts if text.get_text() in zoo}
+        boxes = {
+            text.get_text(): text.get_window_extent()
+            for text in ax.texts
+            if text.get_text() in zoo
+        }
         frame = fig.bbox
     assert len(boxes) > 5
     for (a, box_a), (b, box_b) in combinations(boxes.items(), 2):

@@ -16,7 +16,15 @@ from moe_course import records
 from moe_course.records import Record, load, measure, save
 
 ROWS = [{"batch": 1, "time_ms": 12.9}, {"batch": 2, "time_ms": 13.5}]
-RECORD = Record("decode", "make bench", "NVIDIA H200", {"python": "3.11.7"}, "2026-05-04T10:20+00:00", "0123abcd", ROWS)
+RECORD = Record(
+    "decode",
+    "make bench",
+    "NVIDIA H200",
+    {"python": "3.11.7"},
+    "2026-05-04T10:20+00:00",
+    "0123abcd",
+    ROWS,
+)
 
 
 def test_a_record_reads_back_equal(tmp_path):
@@ -35,7 +43,10 @@ def test_provenance_names_device_versions_date_command_and_revision():
 def test_measure_describes_this_machine_now():
     before = datetime.now(UTC).replace(second=0, microsecond=0)
     record = measure("sizes", "pytest", ROWS, packages=("pytest",))
-    assert record.versions == {"python": platform.python_version(), "pytest": metadata.version("pytest")}
+    assert record.versions == {
+        "python": platform.python_version(),
+        "pytest": metadata.version("pytest"),
+    }
     assert before <= datetime.fromisoformat(record.date) <= datetime.now(UTC)
     assert record.rows == ROWS
     assert record.device
@@ -65,7 +76,10 @@ def test_a_measurement_without_rows_is_refused():
     [
         ("{", "no record: not JSON"),
         ("[]", "it lacks command, date, device, name, revision, rows, versions"),
-        (json.dumps({"name": "x", "rows": []}), "it lacks command, date, device, revision, versions"),
+        (
+            json.dumps({"name": "x", "rows": []}),
+            "it lacks command, date, device, revision, versions",
+        ),
         (json.dumps(RECORD.__dict__ | {"extra": 1}), "has more"),
     ],
 )
@@ -77,11 +91,17 @@ def test_what_is_no_record_is_refused(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_failed_save_leaves_the_old_record(tmp_path):
+def test_a_save_that_breaks_off_leaves_the_old_record(tmp_path, monkeypatch):
     path = tmp_path / "decode.json"
     save(RECORD, path)
-    with pytest.raises(TypeError):
-        save(Record(*list(RECORD.__dict__.values())[:-1], rows=[{"time_ms": object()}]), path)
+
+    def half(self, text, **options):
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(records.Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        save(RECORD, path)
     assert load(path) == RECORD
 
 
@@ -93,8 +113,17 @@ def test_the_revision_tells_committed_from_changed(tmp_path, monkeypatch):
         return measure("sizes", "pytest", ROWS, packages=()).revision
 
     def git(*words):
-        who = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-        done = subprocess.run(["git", *who, *words], check=True, capture_output=True, text=True)
+        who = [
+            "-c",
+            "user.name=test",
+            "-c",
+            "user.email=test@example.org",
+            "-c",
+            "commit.gpgsign=false",
+        ]
+        done = subprocess.run(
+            ["git", *who, *words], check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     assert revision() == "unknown (no git checkout)"

@@ -11,14 +11,18 @@ from moe_course.specs import FFN
 
 def test_it_shows_the_file_and_the_whole_source():
     code = show(FFN)
-    assert code.data == "# moe_course/specs/model.py\n" + inspect.getsource(FFN).rstrip()
+    assert (
+        code.data == "# moe_course/specs/model.py\n" + inspect.getsource(FFN).rstrip()
+    )
     assert code.language == "python"
 
 
 def test_several_objects_are_shown_in_order():
     code = show(SwiGLU, FFN.params).data
     assert code.index("# moe_course/layers/ffn.py\nclass SwiGLU") == 0
-    assert code.index("# moe_course/specs/model.py\n    def params") > code.index("self.down(F.silu(self.gate(x))")
+    assert code.index("# moe_course/specs/model.py\n    def params") > code.index(
+        "self.down(F.silu(self.gate(x))"
+    )
 
 
 def test_what_a_notebook_defines_is_said_to_be_there():

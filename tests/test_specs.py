@@ -24,7 +24,15 @@ FFNS = st.builds(FFN, SIZE, gated=FLAG, bias=FLAG)
 def _gqa(draw) -> GQA:
     kv_heads = draw(SIZE)
     qk_norm = draw(st.sampled_from(["none", "head", "full"]))
-    return GQA(kv_heads * draw(SIZE), kv_heads, draw(SIZE), draw(FLAG), draw(FLAG), qk_norm, draw(FLAG))
+    return GQA(
+        kv_heads * draw(SIZE),
+        kv_heads,
+        draw(SIZE),
+        draw(FLAG),
+        draw(FLAG),
+        qk_norm,
+        draw(FLAG),
+    )
 
 
 @st.composite
@@ -32,7 +40,9 @@ def _experts(draw) -> RoutedExperts:
     experts = draw(st.integers(1, 8))
     shared = draw(st.none() | FFNS)
     gate = shared is not None and draw(FLAG)
-    return RoutedExperts(experts, draw(st.integers(1, experts)), draw(FFNS), shared, gate, draw(FLAG))
+    return RoutedExperts(
+        experts, draw(st.integers(1, experts)), draw(FFNS), shared, gate, draw(FLAG)
+    )
 
 
 MLAS = st.builds(MLA, SIZE, st.none() | SIZE, SIZE, SIZE, SIZE, SIZE, FLAG)
@@ -56,10 +66,18 @@ SPARSE_SPECS = SPECS.filter(lambda spec: spec.moe is not None)
 
 def _attention_shapes(a: GQA | MLA, d: int) -> Iterator[tuple[int, ...]]:
     if isinstance(a, GQA):
-        yield from [(a.heads, a.head_dim, d), (a.kv_heads, a.head_dim, d), (a.kv_heads, a.head_dim, d)]
+        yield from [
+            (a.heads, a.head_dim, d),
+            (a.kv_heads, a.head_dim, d),
+            (a.kv_heads, a.head_dim, d),
+        ]
         yield (d, a.heads, a.head_dim)
         if a.qkv_bias:
-            yield from [(a.heads, a.head_dim), (a.kv_heads, a.head_dim), (a.kv_heads, a.head_dim)]
+            yield from [
+                (a.heads, a.head_dim),
+                (a.kv_heads, a.head_dim),
+                (a.kv_heads, a.head_dim),
+            ]
         if a.out_bias:
             yield (d,)
         if a.qk_norm == "head":
@@ -72,8 +90,16 @@ def _attention_shapes(a: GQA | MLA, d: int) -> Iterator[tuple[int, ...]]:
     if a.q_rank is None:
         yield (a.heads, a.nope_dim + a.rope_dim, d)
     else:
-        yield from [(a.q_rank, d), (a.q_rank,), (a.heads, a.nope_dim + a.rope_dim, a.q_rank)]
-    yield from [(a.kv_rank + a.rope_dim, d), (a.kv_rank,), (a.heads, a.nope_dim + a.v_dim, a.kv_rank)]
+        yield from [
+            (a.q_rank, d),
+            (a.q_rank,),
+            (a.heads, a.nope_dim + a.rope_dim, a.q_rank),
+        ]
+    yield from [
+        (a.kv_rank + a.rope_dim, d),
+        (a.kv_rank,),
+        (a.heads, a.nope_dim + a.v_dim, a.kv_rank),
+    ]
     yield (d, a.heads, a.v_dim)
     if a.bias:
         yield from [(a.kv_rank + a.rope_dim,), (d,)]
@@ -101,7 +127,12 @@ def _tensors(s: ModelSpec) -> Iterator[tuple[str, bool, tuple[int, ...]]]:
         for _ in range(s.norms_per_layer):
             yield "norms", True, (d,)
         moe = s.moe
-        if moe is None or layer < s.first_dense or layer % s.moe_every != s.moe_every - 1 or layer in s.dense_layers:
+        if (
+            moe is None
+            or layer < s.first_dense
+            or layer % s.moe_every != s.moe_every - 1
+            or layer in s.dense_layers
+        ):
             for shape in _ffn_shapes(s.ffn, d):
                 yield "dense_ffn", True, shape
             continue
@@ -134,7 +165,10 @@ def test_counts_equal_the_list_of_tensors(spec):
         name: (total[name], active[name]) for name in spec.breakdown()
     }
     assert set(total) <= set(spec.breakdown())
-    assert (spec.total_params(), spec.active_params()) == (total.total(), active.total())
+    assert (spec.total_params(), spec.active_params()) == (
+        total.total(),
+        active.total(),
+    )
     assert type(spec.total_params()) is int
     assert type(spec.active_params()) is int
 
@@ -153,8 +187,12 @@ def test_k_changes_only_what_is_active(spec):
     assert {s.total_params() for s in by_k} == {spec.total_params()}
     assert by_k[-1].active_params() == spec.total_params()
     active = [s.active_params() for s in by_k]
-    step = len(spec.moe_layers) * sum(math.prod(shape) for shape in _ffn_shapes(spec.moe.expert, spec.width))
-    assert active == [spec.total_params() - (spec.moe.experts - s.moe.k) * step for s in by_k]
+    step = len(spec.moe_layers) * sum(
+        math.prod(shape) for shape in _ffn_shapes(spec.moe.expert, spec.width)
+    )
+    assert active == [
+        spec.total_params() - (spec.moe.experts - s.moe.k) * step for s in by_k
+    ]
     assert active == sorted(active)
     assert len(set(active)) == len(active) or step == 0
 
@@ -184,48 +222,94 @@ def test_leaving_out_the_embedding_takes_it_off_unless_it_is_the_head_too(spec):
     ],
 )
 def test_which_layers_are_sparse(options, sparse):
-    spec = ModelSpec("m", 6, 4, 8, GQA(2, 1, 2), ffn=FFN(4), moe=RoutedExperts(4, 2, FFN(4)), **options)
+    spec = ModelSpec(
+        "m",
+        6,
+        4,
+        8,
+        GQA(2, 1, 2),
+        ffn=FFN(4),
+        moe=RoutedExperts(4, 2, FFN(4)),
+        **options,
+    )
     assert spec.moe_layers == sparse
 
 
 GOOD = {
     GQA: {"heads": 4, "kv_heads": 2, "head_dim": 8},
-    MLA: {"heads": 4, "q_rank": 3, "kv_rank": 2, "nope_dim": 4, "rope_dim": 2, "v_dim": 4},
+    MLA: {
+        "heads": 4,
+        "q_rank": 3,
+        "kv_rank": 2,
+        "nope_dim": 4,
+        "rope_dim": 2,
+        "v_dim": 4,
+    },
     FFN: {"hidden": 16},
     RoutedExperts: {"experts": 4, "k": 2, "expert": FFN(4)},
-    ModelSpec: {"name": "m", "layers": 2, "width": 8, "vocab": 9, "attention": GQA(2, 2, 4), "ffn": FFN(4)},
+    ModelSpec: {
+        "name": "m",
+        "layers": 2,
+        "width": 8,
+        "vocab": 9,
+        "attention": GQA(2, 2, 4),
+        "ffn": FFN(4),
+    },
 }
-SIZES = [(cls, field) for cls, good in GOOD.items() for field, value in good.items() if type(value) is int]
+SIZES = [
+    (cls, field)
+    for cls, good in GOOD.items()
+    for field, value in good.items()
+    if type(value) is int
+]
 SIZES += [(ModelSpec, "moe_every")]
-FLAGS = [(cls, f.name) for cls in GOOD for f in dataclasses.fields(cls) if f.default is False]
+FLAGS = [
+    (cls, f.name) for cls in GOOD for f in dataclasses.fields(cls) if f.default is False
+]
 
 
 @pytest.mark.parametrize("bad", [0, -3, 2.0, True, "12"])
 @pytest.mark.parametrize(("cls", "field"), SIZES)
 def test_a_size_that_is_no_positive_integer_is_refused(cls, field, bad):
-    with pytest.raises(ValueError, match=rf"{cls.__name__}\.{field} must .*got {bad!r}"):
+    with pytest.raises(
+        ValueError, match=rf"{cls.__name__}\.{field} must .*got {bad!r}"
+    ):
         cls(**GOOD[cls] | {field: bad})
 
 
 @pytest.mark.parametrize("bad", ["false", 2, 0, None])
 @pytest.mark.parametrize(("cls", "field"), [*FLAGS, (FFN, "gated")])
 def test_a_flag_that_is_no_bool_is_refused(cls, field, bad):
-    with pytest.raises(ValueError, match=rf"{cls.__name__}\.{field} must .*got {bad!r}"):
+    with pytest.raises(
+        ValueError, match=rf"{cls.__name__}\.{field} must .*got {bad!r}"
+    ):
         cls(**GOOD[cls] | {field: bad})
 
 
 @pytest.mark.parametrize(
     ("cls", "changes", "message"),
     [
-        (GQA, {"heads": 6, "kv_heads": 4}, r"heads \(6\) must be a multiple of kv_heads \(4\)"),
+        (
+            GQA,
+            {"heads": 6, "kv_heads": 4},
+            r"heads \(6\) must be a multiple of kv_heads \(4\)",
+        ),
         (GQA, {"qk_norm": "rms"}, "qk_norm must be .*'rms'"),
         (RoutedExperts, {"k": 5}, r"k \(5\) must not exceed .*\(4\)"),
         (RoutedExperts, {"shared_gate": True}, "shared_gate needs a shared expert"),
         (ModelSpec, {"ffn": None}, "2 of 2 layers are dense"),
-        (ModelSpec, {"ffn": None, "moe": RoutedExperts(4, 2, FFN(4)), "first_dense": 1}, "1 of 2 layers are dense"),
+        (
+            ModelSpec,
+            {"ffn": None, "moe": RoutedExperts(4, 2, FFN(4)), "first_dense": 1},
+            "1 of 2 layers are dense",
+        ),
         (ModelSpec, {"first_dense": -1}, "first_dense must .*-1"),
         (ModelSpec, {"norms_per_layer": 2.5}, r"norms_per_layer must .*2\.5"),
-        (ModelSpec, {"dense_layers": ("1",)}, "dense_layers must hold layer indices, got"),
+        (
+            ModelSpec,
+            {"dense_layers": ("1",)},
+            "dense_layers must hold layer indices, got",
+        ),
     ],
 )
 def test_contradictory_shapes_are_refused(cls, changes, message):
@@ -234,12 +318,20 @@ def test_contradictory_shapes_are_refused(cls, changes, message):
 
 
 def test_a_fully_sparse_model_needs_no_dense_ffn():
-    spec = ModelSpec(**GOOD[ModelSpec] | {"ffn": None, "moe": RoutedExperts(4, 2, FFN(4))})
+    spec = ModelSpec(
+        **GOOD[ModelSpec] | {"ffn": None, "moe": RoutedExperts(4, 2, FFN(4))}
+    )
     assert spec.breakdown()["dense_ffn"] == (0, 0)
 
 
 def _python(code: str, root, *options: str) -> str:
-    done = subprocess.run([sys.executable, *options, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -62,7 +62,9 @@ def test_counts_are_exact(name):
 @pytest.mark.parametrize("name", EXACT)
 def test_counts_come_near_the_published_figures(name):
     spec, entry = zoo[name], published[name]
-    assert spec.total_params() == pytest.approx(entry.total * 1e9, rel=LOOSE_TOTALS.get(name, 0.015))
+    assert spec.total_params() == pytest.approx(
+        entry.total * 1e9, rel=LOOSE_TOTALS.get(name, 0.015)
+    )
     if spec.moe is None:
         assert entry.active is None
     elif entry.active is not None:
@@ -71,13 +73,19 @@ def test_counts_come_near_the_published_figures(name):
 
 
 def test_only_grok_is_sparse_without_a_published_active_figure():
-    assert [name for name, spec in zoo.items() if spec.moe and published[name].active is None] == ["grok-1"]
+    assert [
+        name
+        for name, spec in zoo.items()
+        if spec.moe and published[name].active is None
+    ] == ["grok-1"]
 
 
 def test_gpt_oss_prints_active_figures_without_the_input_embedding():
     # Under the other convention they would be off by 16 and 11 %.
     for name, off in (("gpt-oss-20b", 0.16), ("gpt-oss-120b", 0.113)):
-        assert zoo[name].active_params() / (published[name].active * 1e9) - 1 == pytest.approx(off, abs=0.005)
+        assert zoo[name].active_params() / (
+            published[name].active * 1e9
+        ) - 1 == pytest.approx(off, abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +102,16 @@ def test_gpt_oss_prints_active_figures_without_the_input_embedding():
     ],
 )
 def test_how_much_more_is_stored_than_used(name, ratio):
-    assert zoo[name].total_params() / zoo[name].active_params() == pytest.approx(ratio, rel=0.02)
+    assert zoo[name].total_params() / zoo[name].active_params() == pytest.approx(
+        ratio, rel=0.02
+    )
 
 
 def test_gpt_oss_ratio_without_the_input_embedding():
     spec = zoo["gpt-oss-120b"]
-    assert spec.total_params() / spec.active_params(include_embedding=False) == pytest.approx(22.8, rel=0.02)
+    assert spec.total_params() / spec.active_params(
+        include_embedding=False
+    ) == pytest.approx(22.8, rel=0.02)
 
 
 def test_the_zoo_cannot_be_changed_by_accident():

@@ -25,7 +25,11 @@ def public_address(repository_url):
     if parts.netloc != "github.com" or not repo or "/" in repo:
         return ""
     host = f"{owner.lower()}.github.io"
-    return f"https://{host}/" if repo.lower() == host else f"https://{host}/{repo}/"
+    return (
+        f"https://{host}/"
+        if repo.lower() == host
+        else f"https://{host}/{repo}/"
+    )
 
 
 def set_address(app):
@@ -79,7 +83,9 @@ def number_figure_links(app, doctree, docname):
         if anchor in numbers and not link.get("refuri", "").startswith(
             ("http:", "https:")
         ):
-            link += nodes.Text(f" (Figure {'.'.join(map(str, numbers[anchor]))})")
+            link += nodes.Text(
+                f" (Figure {'.'.join(map(str, numbers[anchor]))})"
+            )
 
 
 def add_course_pages(app, pagename, templatename, context, doctree):
@@ -87,7 +93,11 @@ def add_course_pages(app, pagename, templatename, context, doctree):
     if 'id="course-progress"' not in context.get("body", ""):
         return
     pages = [
-        {"page": name, "title": app.env.titles[name].astext(), "minutes": minutes}
+        {
+            "page": name,
+            "title": app.env.titles[name].astext(),
+            "minutes": minutes,
+        }
         for name in reading_order(app.env, app.config.root_doc)
         if (minutes := app.env.metadata[name].get("course_minutes"))
     ]
@@ -134,4 +144,8 @@ def setup(app):
     app.connect("doctree-resolved", number_figure_links)
     app.connect("html-page-context", add_course_pages)
     app.connect("html-page-context", drop_relative_og_url, priority=900)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -58,10 +58,21 @@ class Question:
     allowed: tuple[str, ...] = ()  # modules of the package that an answer may call
 
     def __post_init__(self) -> None:
-        if not self.invariants or any(not i.name or not i.hint or i.points < 0 for i in self.invariants):
-            raise ValueError(f"question {self.id}: every invariant needs a name, a hint and points of 0 or more")
-        if self.difficulty not in (1, 2, 3) or self.minutes < 1 or not self.link or not self.title:
-            raise ValueError(f"question {self.id} needs a title, a difficulty of 1 to 3, minutes and a link")
+        if not self.invariants or any(
+            not i.name or not i.hint or i.points < 0 for i in self.invariants
+        ):
+            raise ValueError(
+                f"question {self.id}: every invariant needs a name, a hint and points of 0 or more"
+            )
+        if (
+            self.difficulty not in (1, 2, 3)
+            or self.minutes < 1
+            or not self.link
+            or not self.title
+        ):
+            raise ValueError(
+                f"question {self.id} needs a title, a difficulty of 1 to 3, minutes and a link"
+            )
 
     @property
     def points(self) -> int:
@@ -89,7 +100,9 @@ class Exercise:
             if question.id == question_id:
                 return question
         known = ", ".join(question.id for question in self.questions)
-        raise ValueError(f"exercise {self.number} has no question {question_id!r}; it has {known}")
+        raise ValueError(
+            f"exercise {self.number} has no question {question_id!r}; it has {known}"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,10 @@ class Outcome:
     def text(self) -> str:
         rows = [f"{self.question} {self.title}: {self.points} of {self.out_of} points"]
         for line in self.lines:
-            rows.append(f"  {MARKS[line.status]} {line.name}" + (" (not reached)" * (line.status == NOT_REACHED)))
+            rows.append(
+                f"  {MARKS[line.status]} {line.name}"
+                + (" (not reached)" * (line.status == NOT_REACHED))
+            )
             rows += [f"      {row}" for row in line.detail.splitlines()]
             if line.hint:
                 rows.append(f"      Hint: {line.hint}")
@@ -138,7 +154,11 @@ def exercise_numbers() -> list[str]:
 @cache
 def load_exercise(number: str) -> Exercise:
     """The checks of one exercise, from checks/NN_topic.py. Raises ValueError when there is no such exercise."""
-    found = sorted(CHECKS.glob(f"{number}_*.py")) if len(number) == 2 and number.isdecimal() else []
+    found = (
+        sorted(CHECKS.glob(f"{number}_*.py"))
+        if len(number) == 2 and number.isdecimal()
+        else []
+    )
     if not found:
         known = ", ".join(exercise_numbers())
         raise ValueError(f"there is no exercise {number!r}; the exercises are {known}")
@@ -173,15 +193,26 @@ def _own_line(error: BaseException) -> str:
     library = str(Path(random.__file__).parent)
     here = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith((library, here)) and "site-packages" not in f.filename]
-    where = f"\n    line {own[-1].lineno} of your cell: {own[-1].line}" if own and own[-1].line else ""
+    own = [
+        f
+        for f in frames
+        if not f.filename.startswith((library, here))
+        and "site-packages" not in f.filename
+    ]
+    where = (
+        f"\n    line {own[-1].lineno} of your cell: {own[-1].line}"
+        if own and own[-1].line
+        else ""
+    )
     return f"your code raised {type(error).__name__}: {error}{where}"
 
 
 class Answer:
     """The learner's function, called on copies of its arguments and watched for calls into the package."""
 
-    def __init__(self, function: Callable[..., Any], allowed: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, function: Callable[..., Any], allowed: tuple[str, ...] = ()
+    ) -> None:
         self.function, self.allowed = function, allowed
         self.calls = self.empty = 0
 
@@ -199,7 +230,9 @@ class Answer:
         if used:
             raise PackageAnswer(", ".join(sorted(used)))
         if given != (args, kwargs):
-            raise Failure(f"{describe(*args, **kwargs)}: your code changed its arguments; work on a copy")
+            raise Failure(
+                f"{describe(*args, **kwargs)}: your code changed its arguments; work on a copy"
+            )
         self.empty += result is None
         return result
 
@@ -209,7 +242,9 @@ def describe(*args: Any, **kwargs: Any) -> str:
     return ", ".join(shown)
 
 
-def expect_count(answer: Answer, cases: Iterable[dict[str, Any]], oracle: Callable[..., Any]) -> None:
+def expect_count(
+    answer: Answer, cases: Iterable[dict[str, Any]], oracle: Callable[..., Any]
+) -> None:
     """The answer equals the oracle on every case, as exact integers; the smallest failing case is reported.
 
     A case is a dict of keyword arguments. Integers only: a count of parameters that went through a float is
@@ -228,14 +263,24 @@ def expect_count(answer: Answer, cases: Iterable[dict[str, Any]], oracle: Callab
             note = ""
             if isinstance(got, float) and got == want:
                 note = " (a float; counts are exact integers: use // instead of /)"
-            raise Failure(f"{describe(**case)}:\n    expected {want!r}, got {got!r}{note}")
+            raise Failure(
+                f"{describe(**case)}:\n    expected {want!r}, got {got!r}{note}"
+            )
 
 
 def grade(question: Question, function: Any, seed: int | None = None) -> Outcome:
     """Run a question's invariants on an answer. The same seed draws the same cases."""
     if not callable(function):
-        missing = "is missing" if function is None else f"is no function but {type(function).__name__}"
-        return _outcome(question, f"{question.answer} {missing}: run the cell that defines it", attempted=False)
+        missing = (
+            "is missing"
+            if function is None
+            else f"is no function but {type(function).__name__}"
+        )
+        return _outcome(
+            question,
+            f"{question.answer} {missing}: run the cell that defines it",
+            attempted=False,
+        )
     answer = Answer(function, question.allowed)
     rng = random.Random(seed)
     lines: list[Line] = []
@@ -243,15 +288,32 @@ def grade(question: Question, function: Any, seed: int | None = None) -> Outcome
         try:
             invariant.test(answer, rng)
         except PackageAnswer as used:
-            return _outcome(question, f"your answer calls the package ({used}): write it out yourself")
+            return _outcome(
+                question,
+                f"your answer calls the package ({used}): write it out yourself",
+            )
         except Failure as failure:
             if answer.empty and answer.empty == answer.calls:
-                return _outcome(question, "nothing returned yet: fill in the cell above", attempted=False)
-            lines.append(Line(invariant.name, FAILED, invariant.points, str(failure), invariant.hint))
+                return _outcome(
+                    question,
+                    "nothing returned yet: fill in the cell above",
+                    attempted=False,
+                )
+            lines.append(
+                Line(
+                    invariant.name,
+                    FAILED,
+                    invariant.points,
+                    str(failure),
+                    invariant.hint,
+                )
+            )
         else:
             lines.append(Line(invariant.name, PASSED, invariant.points))
         if number == 0 and lines[0].status == FAILED:
-            lines += [Line(i.name, NOT_REACHED, i.points) for i in question.invariants[1:]]
+            lines += [
+                Line(i.name, NOT_REACHED, i.points) for i in question.invariants[1:]
+            ]
             break
     return Outcome(question.id, question.answer, question.points, tuple(lines))
 
@@ -260,4 +322,6 @@ def _outcome(question: Question, detail: str, attempted: bool = True) -> Outcome
     first, *rest = question.invariants
     lines = [Line(first.name, FAILED, first.points, detail)]
     lines += [Line(i.name, NOT_REACHED, i.points) for i in rest]
-    return Outcome(question.id, question.answer, question.points, tuple(lines), attempted)
+    return Outcome(
+        question.id, question.answer, question.points, tuple(lines), attempted
+    )

@@ -29,7 +29,9 @@ def setup_cell(address: str) -> str:
     """Source of the hidden first cell; `address` is the repository's, "" while it has none."""
     if address:
         # Without constraints.txt: it would replace the torch that Colab comes with.
-        return _SETUP.format(install=f'%pip install -q "moe_course[exercises] @ git+{address}"')
+        return _SETUP.format(
+            install=f'%pip install -q "moe_course[exercises] @ git+{address}"'
+        )
     return _SETUP.format(
         install='hint = "moe_course is not installed: run `pip install .` in its folder"\n'
         "    raise ModuleNotFoundError(hint) from None"
@@ -62,7 +64,9 @@ def without_solution(source: str) -> str:
 
 def with_solution(source: str) -> str:
     """The worked cell: only the markers go."""
-    return "\n".join(line for line in source.splitlines() if line.strip() not in (BEGIN, END))
+    return "\n".join(
+        line for line in source.splitlines() if line.strip() not in (BEGIN, END)
+    )
 
 
 def fill(text: str, exercise: Exercise) -> str:
@@ -76,7 +80,9 @@ def fill(text: str, exercise: Exercise) -> str:
 
     minutes = sum(question.minutes for question in exercise.questions)
     text = re.sub(r"\{meta (\d\d\.\d+)\}", meta, text)
-    text = text.replace("{minutes}", f'<span data-minutes="{minutes}">{minutes} minutes</span>')
+    text = text.replace(
+        "{minutes}", f'<span data-minutes="{minutes}">{minutes} minutes</span>'
+    )
     return text.replace("{points}", str(exercise.points))
 
 
@@ -92,30 +98,55 @@ def derive(master: Path, address: str) -> tuple[str, str]:
     number = master.name[:2]
     exercise = load_exercise(number)
     source = jupytext.read(master, fmt="py:percent")
-    text = "\n".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
-    tagged = {tag: cell for cell in source.cells for tag in cell.metadata.get("tags", ())}
+    text = "\n".join(
+        cell.source for cell in source.cells if cell.cell_type == "markdown"
+    )
+    tagged = {
+        tag: cell for cell in source.cells for tag in cell.metadata.get("tags", ())
+    }
     for question in exercise.questions:
         if f"{{meta {question.id}}}" not in text or question.id not in tagged:
-            raise ValueError(f"{master.name}: question {question.id} needs a text with {{meta}} and a tagged cell")
-        stub, worked = without_solution(tagged[question.id].source), with_solution(tagged[question.id].source)
+            raise ValueError(
+                f"{master.name}: question {question.id} needs a text with {{meta}} and a tagged cell"
+            )
+        stub, worked = (
+            without_solution(tagged[question.id].source),
+            with_solution(tagged[question.id].source),
+        )
         if len(worked.splitlines()) <= len(stub.splitlines()):
-            raise ValueError(f"{master.name}: question {question.id} has no solution between its markers")
+            raise ValueError(
+                f"{master.name}: question {question.id} has no solution between its markers"
+            )
         if f"def {question.answer}(" not in stub:
-            raise ValueError(f"{master.name}: the cell of {question.id} must define {question.answer}")
+            raise ValueError(
+                f"{master.name}: the cell of {question.id} must define {question.answer}"
+            )
 
     def build(change: Any, kind: str) -> str:
-        cells = [nbformat.v4.new_code_cell(setup_cell(address), metadata={"tags": ["remove-cell"]})]
+        cells = [
+            nbformat.v4.new_code_cell(
+                setup_cell(address), metadata={"tags": ["remove-cell"]}
+            )
+        ]
         for cell in source.cells:
             if cell.cell_type == "markdown":
                 cells.append(nbformat.v4.new_markdown_cell(fill(cell.source, exercise)))
             else:
-                tags = {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
-                cells.append(nbformat.v4.new_code_cell(change(cell.source), metadata=tags))
+                tags = (
+                    {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
+                )
+                cells.append(
+                    nbformat.v4.new_code_cell(change(cell.source), metadata=tags)
+                )
         for place, cell in enumerate(cells):
             cell["id"] = f"{exercise.stem.replace('_', '-')}-{place:02d}"
         notebook = nbformat.v4.new_notebook(cells=cells)
         notebook.metadata = {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "kernelspec": {
+                "display_name": "Python 3",
+                "language": "python",
+                "name": "python3",
+            },
             "language_info": {"name": "python"},
             "moe_course": {"exercise": number, "kind": kind},
         }
@@ -130,7 +161,9 @@ def with_setup(path: Path, address: str) -> str:
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
-    wanted = nbformat.v4.new_code_cell(setup_cell(address), id="setup", metadata={"tags": ["remove-cell"]})
+    wanted = nbformat.v4.new_code_cell(
+        setup_cell(address), id="setup", metadata={"tags": ["remove-cell"]}
+    )
     if notebook.cells and notebook.cells[0].get("id") == "setup":
         notebook.cells[0] = wanted
     else:
@@ -148,17 +181,27 @@ def stray_outputs(path: Path) -> list[str]:
             continue
         golden = GOLDEN in cell.metadata.get("tags", ())
         if cell.outputs and not golden:
-            strays.append(f"{path}: cell {place} has stored outputs; clear them, or tag the cell {GOLDEN}")
+            strays.append(
+                f"{path}: cell {place} has stored outputs; clear them, or tag the cell {GOLDEN}"
+            )
         if not golden and cell.execution_count is not None:
-            strays.append(f"{path}: cell {place} has an execution count; clear the outputs before committing")
+            strays.append(
+                f"{path}: cell {place} has an execution count; clear the outputs before committing"
+            )
         if golden and (not cell.outputs or cell.execution_count is None):
-            strays.append(f"{path}: cell {place} is tagged {GOLDEN} but has no stored output to compare")
+            strays.append(
+                f"{path}: cell {place} is tagged {GOLDEN} but has no stored output to compare"
+            )
     return strays
 
 
 def with_address(citation: str, address: str) -> str:
     """CITATION.cff with the repository's address, or without the line while there is none."""
-    lines = [line for line in citation.splitlines() if not line.startswith("repository-code:")]
+    lines = [
+        line
+        for line in citation.splitlines()
+        if not line.startswith("repository-code:")
+    ]
     if address:
         lines.append(f'repository-code: "{address}"')
     return "\n".join(lines) + "\n"
@@ -189,7 +232,9 @@ def main(argv: list[str]) -> int:
         same = path.exists() and path.read_text(encoding="utf-8") == text
         if "--check" in argv:
             if not same:
-                complaints.append(f"{path.relative_to(root)} has drifted from its source: run `make exercises`")
+                complaints.append(
+                    f"{path.relative_to(root)} has drifted from its source: run `make exercises`"
+                )
         elif not same:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")

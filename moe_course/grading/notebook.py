@@ -15,7 +15,9 @@ from moe_course.grading.core import Outcome, grade, load_exercise
 ATTEMPTS_BEFORE_SOLUTION = 2
 RESULT_TYPE = "application/vnd.moe-course.result+json"
 
-_attempts: dict[str, set[int]] = {}  # of this kernel: the different answers tried for each question
+_attempts: dict[
+    str, set[int]
+] = {}  # of this kernel: the different answers tried for each question
 
 
 def _fingerprint(function: Any) -> int:
@@ -25,7 +27,9 @@ def _fingerprint(function: Any) -> int:
         return id(function)
 
     def flat(c: CodeType) -> tuple[Any, ...]:
-        constants = tuple(flat(x) if isinstance(x, CodeType) else repr(x) for x in c.co_consts)
+        constants = tuple(
+            flat(x) if isinstance(x, CodeType) else repr(x) for x in c.co_consts
+        )
         return (c.co_code, c.co_names, constants)
 
     return hash(flat(code))
@@ -42,7 +46,9 @@ def check(question_id: str, answer: Any, seed: int | None = None) -> None:
     tries.add(_fingerprint(answer))
     print(f"  Read again: {question.link}")
     if len(tries) >= ATTEMPTS_BEFORE_SOLUTION:
-        print(f'  Stuck after {len(tries)} attempts? solution("{question_id}") shows a worked answer.')
+        print(
+            f'  Stuck after {len(tries)} attempts? solution("{question_id}") shows a worked answer.'
+        )
 
 
 def find_upwards(relative: str, start: Path | None = None) -> Path | None:
@@ -71,27 +77,42 @@ def solution(question_id: str) -> None:
     tries = len(_attempts.get(question_id, ()))
     if tries < ATTEMPTS_BEFORE_SOLUTION:
         left = ATTEMPTS_BEFORE_SOLUTION - tries
-        print(f"{question_id}: check {left} more attempt{'s' * (left > 1)} of your own first.")
+        print(
+            f"{question_id}: check {left} more attempt{'s' * (left > 1)} of your own first."
+        )
         return
     master = find_upwards(f"solutions/{exercise.stem}.py")
     if master is None:
-        print(f"{question_id}: this copy of the course comes without solutions; ask whoever teaches it.")
+        print(
+            f"{question_id}: this copy of the course comes without solutions; ask whoever teaches it."
+        )
         return
     print(worked_answer(question_id, master))
 
 
-def grade_all(number: str, names: Mapping[str, Any], seed: int | None = None) -> list[Outcome]:
+def grade_all(
+    number: str, names: Mapping[str, Any], seed: int | None = None
+) -> list[Outcome]:
     """The outcome of every question of an exercise, the answers looked up by name."""
-    return [grade(question, names.get(question.answer), seed) for question in load_exercise(number).questions]
+    return [
+        grade(question, names.get(question.answer), seed)
+        for question in load_exercise(number).questions
+    ]
 
 
 def summary(number: str, outcomes: list[Outcome]) -> str:
     """A table of points, the total, and what comes next."""
     exercise = load_exercise(number)
-    rows = [f"  {o.points:>3} of {o.out_of:>2}  {o.question} {o.title}" for o in outcomes]
+    rows = [
+        f"  {o.points:>3} of {o.out_of:>2}  {o.question} {o.title}" for o in outcomes
+    ]
     points = sum(o.points for o in outcomes)
     unfinished = next((o for o in outcomes if not o.full), None)
-    following = f"{unfinished.question} {unfinished.title}" if unfinished else exercise.next_step
+    following = (
+        f"{unfinished.question} {unfinished.title}"
+        if unfinished
+        else exercise.next_step
+    )
     rows += [f"  {points:>3} of {exercise.points:>2}  in all", f"Next: {following}"]
     return "\n".join(rows)
 

@@ -41,18 +41,26 @@ def read(path: Path) -> tuple[Any, str]:
     try:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-    except Exception as error:  # nbformat raises many kinds, from JSON errors to KeyErrors
+    except (
+        Exception
+    ) as error:  # nbformat raises many kinds, from JSON errors to KeyErrors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableError(f"{path}: not a notebook that can be read ({reason[:200]})") from error
+        raise UnreadableError(
+            f"{path}: not a notebook that can be read ({reason[:200]})"
+        ) from error
     number = notebook.metadata.get("moe_course", {}).get("exercise")
     if number is None:
         # Saved by a tool that drops unknown metadata: the check cells name the exercise.
-        code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+        code = "\n".join(
+            cell.source for cell in notebook.cells if cell.cell_type == "code"
+        )
         named = re.findall(r"""\bcheck\(\s*["'](\d\d)\.\d""", code)
         number = named[0] if named else None
     if number not in exercise_numbers():
         known = ", ".join(exercise_numbers())
-        raise UnreadableError(f"{path}: belongs to no exercise of this course (known: {known})")
+        raise UnreadableError(
+            f"{path}: belongs to no exercise of this course (known: {known})"
+        )
     return notebook, number
 
 
@@ -64,7 +72,9 @@ def run(path: Path) -> Run:
 
     notebook, number = read(path)
     notebook.cells.append(
-        nbformat.v4.new_code_cell(f'from moe_course.grading.notebook import emit_result\nemit_result("{number}")')
+        nbformat.v4.new_code_cell(
+            f'from moe_course.grading.notebook import emit_result\nemit_result("{number}")'
+        )
     )
     client = NotebookClient(
         notebook,
@@ -89,14 +99,23 @@ def run(path: Path) -> Run:
         if RESULT_TYPE in output.get("data", {}):
             return Run(path, number, _outcomes(output["data"][RESULT_TYPE]), troubles)
     empty = [
-        Outcome(q.id, q.answer, q.points, tuple(Line(i.name, "not reached", i.points) for i in q.invariants), False)
+        Outcome(
+            q.id,
+            q.answer,
+            q.points,
+            tuple(Line(i.name, "not reached", i.points) for i in q.invariants),
+            False,
+        )
         for q in load_exercise(number).questions
     ]
     return Run(path, number, empty, troubles or ["the notebook did not run to its end"])
 
 
 def _outcomes(text: str) -> list[Outcome]:
-    return [Outcome(**raw | {"lines": tuple(Line(**line) for line in raw["lines"])}) for raw in json.loads(text)]
+    return [
+        Outcome(**raw | {"lines": tuple(Line(**line) for line in raw["lines"])})
+        for raw in json.loads(text)
+    ]
 
 
 def notebooks(paths: list[Path]) -> list[Path]:
@@ -104,9 +123,15 @@ def notebooks(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+            inside = [
+                p
+                for p in sorted(path.rglob("*.ipynb"))
+                if ".ipynb_checkpoints" not in p.parts
+            ]
             if not inside:
-                raise UnreadableError(f"{path}: no notebook in this folder; `moe-course start 01` puts one in my_work/")
+                raise UnreadableError(
+                    f"{path}: no notebook in this folder; `moe-course start 01` puts one in my_work/"
+                )
             found += inside
         else:
             found.append(path)

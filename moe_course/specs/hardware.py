@@ -1,4 +1,6 @@
-"""Accelerators as their makers describe them: peak rates, bandwidth, capacity, links. Decimal units."""
+"""Accelerators as their makers describe them: peak rates, bandwidth, capacity, links.
+Decimal units.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from dataclasses import dataclass
 class Accelerator:
     """One accelerator.
 
-    Peaks are dense (without structured sparsity), in FLOP/s, with fp32 accumulation; None where the chip has no
-    such units. `link_bandwidth` is what one chip can send to its neighbours, one direction, in bytes/s.
-    Peaks are upper bounds from data sheets: no program reaches them.
+    Peaks are dense (without structured sparsity), in FLOP/s, with fp32 accumulation;
+    None where the chip has no such units. `link_bandwidth` is what one chip can send to
+    its neighbours, one direction, in bytes/s. Peaks are upper bounds from data sheets:
+    no program reaches them.
     """
 
     name: str
@@ -28,7 +31,12 @@ class Accelerator:
         return self.bf16 / self.bandwidth
 
 
-_NVLINK3, _NVLINK4, _NVLINK5, _PCIE4 = ("NVLink 3", "NVLink 4", "NVLink 5", "PCIe 4.0 x16")
+_NVLINK3, _NVLINK4, _NVLINK5, _PCIE4 = (
+    "NVLink 3",
+    "NVLink 4",
+    "NVLink 5",
+    "PCIe 4.0 x16",
+)
 
 # Where a data sheet prints rates with structured sparsity, the dense rate is half of it.
 accelerators: dict[str, Accelerator] = {

@@ -39,13 +39,17 @@ class _Config:
         """A positive integer, where its value is computed with before a ModelSpec can check it."""
         value = self(key, default)
         if type(value) is not int or value < 1:
-            raise ValueError(f"'{self.path}{key}' must be an integer of at least 1, got {value!r}")
+            raise ValueError(
+                f"'{self.path}{key}' must be an integer of at least 1, got {value!r}"
+            )
         return value
 
     def part(self, key: str) -> _Config:
         value = self(key)
         if not isinstance(value, Mapping):
-            raise ValueError(f"'{self.path}{key}' must be an object with the sizes of that part, got {value!r}")
+            raise ValueError(
+                f"'{self.path}{key}' must be an object with the sizes of that part, got {value!r}"
+            )
         return _Config(value, f"{self.path}{key}.")
 
 
@@ -86,7 +90,9 @@ def _mistral(c: _Config) -> dict[str, Any]:
 
 
 def _mixtral(c: _Config) -> dict[str, Any]:
-    experts = RoutedExperts(c("num_local_experts"), c("num_experts_per_tok"), FFN(c("intermediate_size")))
+    experts = RoutedExperts(
+        c("num_local_experts"), c("num_experts_per_tok"), FFN(c("intermediate_size"))
+    )
     return _common(c) | {"attention": _gqa(c), "moe": experts}
 
 
@@ -117,19 +123,36 @@ def _qwen3_attention(c: _Config) -> GQA:
 
 
 def _qwen3(c: _Config) -> dict[str, Any]:
-    return _common(c) | {"attention": _qwen3_attention(c), "ffn": FFN(c("intermediate_size"))}
+    return _common(c) | {
+        "attention": _qwen3_attention(c),
+        "ffn": FFN(c("intermediate_size")),
+    }
 
 
 def _qwen3_moe(c: _Config) -> dict[str, Any]:
-    experts = RoutedExperts(c("num_experts"), c("num_experts_per_tok"), FFN(c("moe_intermediate_size")))
-    return _common(c) | _qwen_layers(c) | {"attention": _qwen3_attention(c), "moe": experts}
+    experts = RoutedExperts(
+        c("num_experts"), c("num_experts_per_tok"), FFN(c("moe_intermediate_size"))
+    )
+    return (
+        _common(c)
+        | _qwen_layers(c)
+        | {"attention": _qwen3_attention(c), "moe": experts}
+    )
 
 
 def _olmoe(c: _Config) -> dict[str, Any]:
     bias = c("attention_bias", False)
     return _common(c) | {
-        "attention": _gqa(c, kv_default=c("num_attention_heads"), qkv_bias=bias, out_bias=bias, qk_norm="full"),
-        "moe": RoutedExperts(c("num_experts"), c("num_experts_per_tok"), FFN(c("intermediate_size"))),
+        "attention": _gqa(
+            c,
+            kv_default=c("num_attention_heads"),
+            qkv_bias=bias,
+            out_bias=bias,
+            qk_norm="full",
+        ),
+        "moe": RoutedExperts(
+            c("num_experts"), c("num_experts_per_tok"), FFN(c("intermediate_size"))
+        ),
     }
 
 
@@ -163,7 +186,9 @@ def _deepseek(c: _Config, router_bias: bool, mlp_bias: Any = False) -> dict[str,
 
 
 def _deepseek_v2(c: _Config) -> dict[str, Any]:
-    return _deepseek(c, router_bias=False, mlp_bias=c("mlp_bias", False))  # version 3 has no such key
+    return _deepseek(
+        c, router_bias=False, mlp_bias=c("mlp_bias", False)
+    )  # version 3 has no such key
 
 
 def _deepseek_v3(c: _Config) -> dict[str, Any]:
@@ -194,11 +219,20 @@ def _llama4_text(c: _Config) -> dict[str, Any]:
         every = c.size("interleave_moe_layer_step")
         sparse = range(every - 1, layers, every)
     elif any(type(i) is not int for i in sparse):
-        raise ValueError(f"'{c.path}moe_layers' must hold layer indices, got {sparse!r}")
+        raise ValueError(
+            f"'{c.path}moe_layers' must hold layer indices, got {sparse!r}"
+        )
     return _common(c) | {
-        "attention": _gqa(c, qkv_bias=bias, out_bias=bias),  # its QK norm has no weights
+        "attention": _gqa(
+            c, qkv_bias=bias, out_bias=bias
+        ),  # its QK norm has no weights
         "ffn": FFN(c("intermediate_size_mlp")),
-        "moe": RoutedExperts(c("num_local_experts"), c("num_experts_per_tok"), FFN(hidden), shared=FFN(hidden)),
+        "moe": RoutedExperts(
+            c("num_local_experts"),
+            c("num_experts_per_tok"),
+            FFN(hidden),
+            shared=FFN(hidden),
+        ),
         "dense_layers": tuple(sorted(set(range(layers)) - set(sparse))),
     }
 
@@ -216,7 +250,9 @@ def _dbrx(c: _Config) -> dict[str, Any]:
         "vocab": c("vocab_size"),
         "tied_embeddings": c("tie_word_embeddings", False),
         "attention": GQA(heads, attention("kv_n_heads"), width // heads),
-        "moe": RoutedExperts(ffn("moe_num_experts"), ffn("moe_top_k"), FFN(ffn("ffn_hidden_size"))),
+        "moe": RoutedExperts(
+            ffn("moe_num_experts"), ffn("moe_top_k"), FFN(ffn("ffn_hidden_size"))
+        ),
     }
 
 
@@ -252,4 +288,6 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return _FAMILIES[family](_Config(config))
     except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.json of model_type {family!r} has a value of the wrong type: {error}") from error
+        raise ValueError(
+            f"config.json of model_type {family!r} has a value of the wrong type: {error}"
+        ) from error

@@ -1,8 +1,9 @@
-"""The shape of a transformer language model, dense or sparse, and its exact parameter counts.
+"""The shape of a language model, dense or sparse, and its exact parameter counts.
 
-Every count is an integer number of weights, as they would be stored: no estimate, no rounding. Counts
-agree to the last parameter with the model classes of `transformers` built from the same configuration
-(tests/test_parity.py). Modules for multi-token prediction and vision towers are outside a `ModelSpec`.
+Every count is an integer number of weights, as they would be stored: no estimate, no
+rounding. Counts agree to the last parameter with the model classes of `transformers`
+built from the same configuration (tests/test_parity.py). Modules for multi-token
+prediction and vision towers are outside a `ModelSpec`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 
 class Count(NamedTuple):
-    """Parameters of one component: all that are stored, and those that one token meets."""
+    """Parameters of a component: all that are stored, those that one token meets."""
 
     total: int
     active: int
@@ -23,7 +24,9 @@ def _require_sizes(obj: object, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(obj, name)
         if type(value) is not int or value < least:
-            raise ValueError(f"{type(obj).__name__}.{name} must be an integer of at least {least}, got {value!r}")
+            raise ValueError(
+                f"{type(obj).__name__}.{name} must be an integer of at least {least}, got {value!r}"
+            )
 
 
 def _require_flags(obj: object, *names: str) -> None:
@@ -31,14 +34,17 @@ def _require_flags(obj: object, *names: str) -> None:
     for name in names:
         value = getattr(obj, name)
         if type(value) is not bool:
-            raise ValueError(f"{type(obj).__name__}.{name} must be True or False, got {value!r}")
+            raise ValueError(
+                f"{type(obj).__name__}.{name} must be True or False, got {value!r}"
+            )
 
 
 @dataclass(frozen=True)
 class GQA:
-    """Grouped-query attention (arXiv:2305.13245): `heads` query heads share `kv_heads` key and value heads.
+    """Grouped-query attention (arXiv:2305.13245).
 
-    kv_heads = heads is ordinary multi-head attention, kv_heads = 1 multi-query attention.
+    `heads` query heads share `kv_heads` key and value heads: kv_heads = heads is
+    ordinary multi-head attention, kv_heads = 1 multi-query attention.
     """
 
     heads: int
@@ -46,19 +52,25 @@ class GQA:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: str = "none"  # "head": one RMSNorm weight of head_dim each (Qwen3); "full": over all heads (OLMoE)
-    sinks: bool = False  # one learned logit per head that attention may fall into (gpt-oss)
+    # RMSNorm on queries and keys. "head": head_dim weights each (Qwen3); "full": one
+    # weight for each number of all heads (OLMoE).
+    qk_norm: str = "none"
+    sinks: bool = False  # a learned logit per head that attention may go to (gpt-oss)
 
     def __post_init__(self) -> None:
         _require_sizes(self, "heads", "kv_heads", "head_dim")
         _require_flags(self, "qkv_bias", "out_bias", "sinks")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
         if self.qk_norm not in ("none", "head", "full"):
-            raise ValueError(f"qk_norm must be 'none', 'head' or 'full', got {self.qk_norm!r}")
+            raise ValueError(
+                f"qk_norm must be 'none', 'head' or 'full', got {self.qk_norm!r}"
+            )
 
     def params(self, width: int) -> int:
-        """Weights of one layer: W_q and W_o are D x H·d, W_k and W_v are D x H_kv·d; then biases, norms, sinks."""
+        """Weights of one layer: W_q and W_o are D x H·d, W_k and W_v D x H_kv·d."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         weights = 2 * width * q + 2 * width * kv
         biases = self.qkv_bias * (q + 2 * kv) + self.out_bias * width
@@ -70,8 +82,9 @@ class GQA:
 class MLA:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-    Keys and values are stored as one latent vector of `kv_rank` plus a rotary key of `rope_dim` shared by all
-    heads; queries pass through a latent of `q_rank`, or directly where q_rank is None (DeepSeek-V2-Lite).
+    Keys and values are stored as one latent vector of `kv_rank` plus a rotary key of
+    `rope_dim` shared by all heads; queries pass through a latent of `q_rank`, or
+    directly where q_rank is None (DeepSeek-V2-Lite).
     """
 
     heads: int
@@ -89,21 +102,20 @@ class MLA:
             _require_sizes(self, "q_rank")
 
     def params(self, width: int) -> int:
-        """Weights of one layer: down-projections, the norms on the latents, up-projections, output."""
+        """Weights of one layer, with the norms on the latents."""
         q_out = self.heads * (self.nope_dim + self.rope_dim)
-        if self.q_rank is None:
-            query = width * q_out
-        else:
-            query = width * self.q_rank + self.bias * self.q_rank + self.q_rank + self.q_rank * q_out
-        kv_down = width * (self.kv_rank + self.rope_dim) + self.bias * (self.kv_rank + self.rope_dim)
+        query = width * q_out
+        if self.q_rank is not None:
+            query = (width + self.bias + 1 + q_out) * self.q_rank  # + 1: the norm
+        kv_down = (width + self.bias) * (self.kv_rank + self.rope_dim)
         kv_up = self.kv_rank + self.kv_rank * self.heads * (self.nope_dim + self.v_dim)
-        out = self.heads * self.v_dim * width + self.bias * width
+        out = (self.heads * self.v_dim + self.bias) * width
         return query + kv_down + kv_up + out
 
 
 @dataclass(frozen=True)
 class FFN:
-    """A feed-forward network: two matrices, or three where it is gated (SwiGLU, arXiv:2002.05202)."""
+    """A feed-forward network: two matrices, three if gated (arXiv:2002.05202)."""
 
     hidden: int
     gated: bool = True
@@ -114,18 +126,20 @@ class FFN:
         _require_flags(self, "gated", "bias")
 
     def params(self, width: int) -> int:
-        """(2 + gated)·D·F weights, plus (1 + gated)·F + D biases where there are any."""
+        """(2 + gated)·D·F weights, and (1 + gated)·F + D biases where there are any."""
         inputs = 1 + self.gated
-        return (inputs + 1) * width * self.hidden + self.bias * (inputs * self.hidden + width)
+        weights = (inputs + 1) * width * self.hidden
+        return weights + self.bias * (inputs * self.hidden + width)
 
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The sparse half of a model: `experts` equal FFNs of which a router picks `k` for each token.
+    """`experts` equal FFNs, of which a router picks `k` for each token.
 
-    `shared` is an FFN that every token passes through as well (several shared experts of width F add up to one
-    of their summed width); `shared_gate` is the sigmoid gate that Qwen2-MoE puts on it, a vector of D weights.
-    `router_bias` is one number per expert, learned (gpt-oss) or set by load balancing (DeepSeek-V3).
+    `shared` is an FFN that every token passes through as well (several shared experts
+    of width F add up to one of their summed width); `shared_gate` is the sigmoid gate
+    that Qwen2-MoE puts on it, a vector of D weights. `router_bias` is one number per
+    expert, learned (gpt-oss) or set by load balancing (DeepSeek-V3).
     """
 
     experts: int
@@ -139,15 +153,20 @@ class RoutedExperts:
         _require_sizes(self, "experts", "k")
         _require_flags(self, "shared_gate", "router_bias")
         if self.k > self.experts:
-            raise ValueError(f"k ({self.k}) must not exceed the number of experts ({self.experts})")
+            raise ValueError(
+                f"k ({self.k}) must not exceed the number of experts ({self.experts})"
+            )
         if self.shared_gate and self.shared is None:
-            raise ValueError("shared_gate needs a shared expert to gate: give `shared`, or leave it out")
+            raise ValueError(
+                "shared_gate needs a shared expert to gate: give `shared`, or leave it out"
+            )
 
     def router_params(self, width: int) -> int:
         return width * self.experts + self.router_bias * self.experts
 
     def shared_params(self, width: int) -> int:
-        return (self.shared.params(width) if self.shared else 0) + self.shared_gate * width
+        expert = self.shared.params(width) if self.shared else 0
+        return expert + self.shared_gate * width
 
 
 @dataclass(frozen=True)
@@ -158,8 +177,9 @@ class ModelSpec:
 
         i >= first_dense   and   (i + 1) mod moe_every = 0   and   i not in dense_layers
 
-    else it holds the dense `ffn`. So first_dense=3 is DeepSeek-V3, moe_every=2 is GShard and Llama 4 Maverick.
-    Raises ValueError on sizes that are no positive integers and on layers left without an FFN.
+    else it holds the dense `ffn`. So first_dense=3 is DeepSeek-V3, moe_every=2 is
+    GShard and Llama 4 Maverick. Raises ValueError on sizes that are no positive
+    integers and on layers left without an FFN.
     """
 
     name: str
@@ -180,7 +200,9 @@ class ModelSpec:
         _require_sizes(self, "first_dense", "norms_per_layer", least=0)
         _require_flags(self, "tied_embeddings")
         if any(type(i) is not int for i in self.dense_layers):
-            raise ValueError(f"ModelSpec.dense_layers must hold layer indices, got {self.dense_layers!r}")
+            raise ValueError(
+                f"ModelSpec.dense_layers must hold layer indices, got {self.dense_layers!r}"
+            )
         if self.ffn is None and len(self.moe_layers) < self.layers:
             raise ValueError(
                 f"{self.name}: {self.layers - len(self.moe_layers)} of {self.layers} layers are dense, "
@@ -195,15 +217,18 @@ class ModelSpec:
         return tuple(
             i
             for i in range(self.layers)
-            if i >= self.first_dense and (i + 1) % self.moe_every == 0 and i not in self.dense_layers
+            if i >= self.first_dense
+            and (i + 1) % self.moe_every == 0
+            and i not in self.dense_layers
         )
 
     def breakdown(self) -> dict[str, Count]:
         """Parameters by component, as (total, active).
 
-        Active: all weights but those of the experts a token does not select. The input embedding counts whole in
-        both, though a token reads one row of it; `active_params(include_embedding=False)` leaves it out.
-        A tied output head stores nothing of its own. Norms inside attention (QK norm, MLA latents) count there.
+        Active: all weights but those of the experts a token does not select. The input
+        embedding counts whole in both, though a token reads one row of it;
+        `active_params(include_embedding=False)` leaves it out. A tied output head
+        stores nothing of its own. Norms inside attention count as attention.
         """
         sparse = len(self.moe_layers)
         dense = self.layers - sparse
@@ -211,11 +236,10 @@ class ModelSpec:
         def used(n: int) -> Count:
             return Count(n, n)
 
-        expert = shared = router = 0
-        experts = Count(0, 0)
+        experts, shared, router = Count(0, 0), 0, 0
         if self.moe:
-            expert = self.moe.expert.params(self.width)
-            experts = Count(sparse * self.moe.experts * expert, sparse * self.moe.k * expert)
+            one = sparse * self.moe.expert.params(self.width)  # over all layers
+            experts = Count(self.moe.experts * one, self.moe.k * one)
             shared = sparse * self.moe.shared_params(self.width)
             router = sparse * self.moe.router_params(self.width)
         return {
@@ -234,10 +258,11 @@ class ModelSpec:
         return sum(count.total for count in self.breakdown().values())
 
     def active_params(self, include_embedding: bool = True) -> int:
-        """Weights that one token meets: attention + shared + K experts per sparse layer + the rest.
+        """Weights that one token meets: all but the experts it does not select.
 
-        With include_embedding=False the input embedding is left out, since a token looks up one row of it and
-        multiplies by none; where it is tied to the output head it stays, because there it is multiplied.
+        With include_embedding=False the input embedding is left out, since a token
+        looks up one row of it and multiplies by none; where it is tied to the output
+        head it stays, because there it is multiplied.
         """
         active = sum(count.active for count in self.breakdown().values())
         if include_embedding or self.tied_embeddings:
@@ -245,12 +270,14 @@ class ModelSpec:
         return active - self.vocab * self.width
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> ModelSpec:
+    def from_hf_config(
+        cls, config: Mapping[str, Any], name: str | None = None
+    ) -> ModelSpec:
         """Read the `config.json` that a model is published with.
 
-        Keys that fix the count must be there; those that `transformers` derives (head_dim, num_key_value_heads)
-        or defaults for the family may be absent. Raises ValueError that names the unknown `model_type` or the
-        missing key.
+        Keys that fix the count must be there; those that `transformers` derives
+        (head_dim, num_key_value_heads) or defaults for the family may be absent. Raises
+        ValueError that names the unknown `model_type` or the missing key.
         """
         from moe_course.specs.hf import read_config
 
@@ -259,5 +286,9 @@ class ModelSpec:
         return cls(name=label, **shape)
 
     def __str__(self) -> str:
-        parts = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "name"]
+        parts = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if f.name != "name"
+        ]
         return f"{self.name}: " + ", ".join(parts)

@@ -21,7 +21,9 @@ class Published:
 
     total: float | None
     active: float | None
-    active_includes_embedding: bool  # which of the two conventions the printed active figure follows
+    active_includes_embedding: (
+        bool  # which of the two conventions the printed active figure follows
+    )
     source: str
     shape_source: str
     verified: str  # of the shape: "primary", "third party", "partly" or "from memory"
@@ -119,7 +121,11 @@ hf_configs: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "vocab_size": 100352,
             "tie_word_embeddings": False,
             "attn_config": {"kv_n_heads": 8},
-            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+            "ffn_config": {
+                "ffn_hidden_size": 10752,
+                "moe_num_experts": 16,
+                "moe_top_k": 4,
+            },
         },
         "deepseek-v2": _DEEPSEEK
         | {
@@ -229,8 +235,10 @@ hf_configs: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
         "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
-        "llama-4-scout": _LLAMA4 | {"num_local_experts": 16, "interleave_moe_layer_step": 1},
-        "llama-4-maverick": _LLAMA4 | {"num_local_experts": 128, "interleave_moe_layer_step": 2},
+        "llama-4-scout": _LLAMA4
+        | {"num_local_experts": 16, "interleave_moe_layer_step": 1},
+        "llama-4-maverick": _LLAMA4
+        | {"num_local_experts": 128, "interleave_moe_layer_step": 2},
         "llama-2-70b": _LLAMA_70B | {"vocab_size": 32000},
         "llama-3.1-70b": _LLAMA_70B | {"vocab_size": 128256},
         "llama-3.1-8b": {
@@ -303,7 +311,10 @@ _WITHOUT_HF_CONFIG = (
 )
 
 zoo: Mapping[str, ModelSpec] = MappingProxyType(
-    {name: ModelSpec.from_hf_config(config, name) for name, config in hf_configs.items()}
+    {
+        name: ModelSpec.from_hf_config(config, name)
+        for name, config in hf_configs.items()
+    }
     | {spec.name: spec for spec in _WITHOUT_HF_CONFIG}
 )
 
@@ -463,7 +474,12 @@ published: Mapping[str, Published] = MappingProxyType(
             _THIRD,
         ),
         "mistral-7b": Published(
-            7, None, True, "its name; arXiv:2310.06825", "Lightning-AI/litgpt litgpt/config.py", _THIRD
+            7,
+            None,
+            True,
+            "its name; arXiv:2310.06825",
+            "Lightning-AI/litgpt litgpt/config.py",
+            _THIRD,
         ),
         "qwen3-8b": Published(
             8,

@@ -22,7 +22,9 @@ def swiglu_loop(width, hidden, bias=False):
 
 
 def matched_float(width, dense_hidden, multiple):
-    return multiple * int(2 * dense_hidden / 3 / multiple + 1)  # one too many where it divides
+    return multiple * int(
+        2 * dense_hidden / 3 / multiple + 1
+    )  # one too many where it divides
 
 
 def matched_search(width, dense_hidden, multiple):
@@ -39,15 +41,32 @@ def matched_package(width, dense_hidden, multiple):
     return hidden
 
 
-def mla(width, heads, q_rank, kv_rank, nope_dim, rope_dim, v_dim, norms=True, rope_each=1, v_from="v"):
+def mla(
+    width,
+    heads,
+    q_rank,
+    kv_rank,
+    nope_dim,
+    rope_dim,
+    v_dim,
+    norms=True,
+    rope_each=1,
+    v_from="v",
+):
     v = v_dim if v_from == "v" else nope_dim
     count = q_rank * (width + heads * (nope_dim + rope_dim))
-    count += (kv_rank + rope_each * rope_dim) * width + heads * (nope_dim + v) * kv_rank + width * heads * v
+    count += (
+        (kv_rank + rope_each * rope_dim) * width
+        + heads * (nope_dim + v) * kv_rank
+        + width * heads * v
+    )
     return count + norms * (q_rank + kv_rank)
 
 
 def mla_by_rows(width, heads, q_rank, kv_rank, nope_dim, rope_dim, v_dim):
-    per_head = q_rank * (nope_dim + rope_dim) + kv_rank * (nope_dim + v_dim) + v_dim * width
+    per_head = (
+        q_rank * (nope_dim + rope_dim) + kv_rank * (nope_dim + v_dim) + v_dim * width
+    )
     return heads * per_head + (q_rank + kv_rank + rope_dim) * width + q_rank + kv_rank
 
 
@@ -206,15 +225,23 @@ WRONG = {
 RIGHT = {
     "01.1": [
         swiglu_loop,
-        lambda width, hidden, bias=False: (width + bias) * hidden * 2 + (hidden + bias) * width,
+        lambda width, hidden, bias=False: (
+            (width + bias) * hidden * 2 + (hidden + bias) * width
+        ),
     ],
     "01.2": [
         matched_search,
-        lambda width, dense_hidden, multiple: ceil(Fraction(2 * dense_hidden, 3 * multiple)) * multiple,
+        lambda width, dense_hidden, multiple: (
+            ceil(Fraction(2 * dense_hidden, 3 * multiple)) * multiple
+        ),
     ],
     "01.3": [
-        lambda width, heads, kv_heads, head_dim: 2 * width * head_dim * (heads + kv_heads),
-        lambda width, heads, kv_heads, head_dim: sum(n * head_dim * width for n in (heads, kv_heads, kv_heads, heads)),
+        lambda width, heads, kv_heads, head_dim: (
+            2 * width * head_dim * (heads + kv_heads)
+        ),
+        lambda width, heads, kv_heads, head_dim: sum(
+            n * head_dim * width for n in (heads, kv_heads, kv_heads, heads)
+        ),
     ],
     "01.4": [mla, mla_by_rows],
     "01.5": [
@@ -222,7 +249,11 @@ RIGHT = {
         lambda **case: tuple(
             2 * case["width"] * case["vocab"]
             + (2 * case["layers"] + 1) * case["width"]
-            + 2 * case["layers"] * case["width"] * case["head_dim"] * (case["heads"] + case["kv_heads"])
+            + 2
+            * case["layers"]
+            * case["width"]
+            * case["head_dim"]
+            * (case["heads"] + case["kv_heads"])
             + 3 * case["width"] * case["first_dense"] * case["dense_hidden"]
             + (case["layers"] - case["first_dense"])
             * case["width"]
@@ -231,11 +262,21 @@ RIGHT = {
         ),
     ],
     "01.6": [
-        lambda total, active, experts, k, new_k: total - (experts - new_k) * ((total - active) // (experts - k)),
-        lambda total, active, experts, k, new_k: int(active + Fraction(total - active, experts - k) * (new_k - k)),
+        lambda total, active, experts, k, new_k: (
+            total - (experts - new_k) * ((total - active) // (experts - k))
+        ),
+        lambda total, active, experts, k, new_k: int(
+            active + Fraction(total - active, experts - k) * (new_k - k)
+        ),
     ],
     "01.7": [
         lambda question: dict(zip(QUESTIONS, FIGURES, strict=True))[question],
-        lambda question: "neither" if "better" in question else "active" if "one token" in question else "total",
+        lambda question: (
+            "neither"
+            if "better" in question
+            else "active"
+            if "one token" in question
+            else "total"
+        ),
     ],
 }

@@ -9,7 +9,15 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from moe_course.grading.core import Answer, Exercise, Failure, Invariant, Question, describe, expect_count
+from moe_course.grading.core import (
+    Answer,
+    Exercise,
+    Failure,
+    Invariant,
+    Question,
+    describe,
+    expect_count,
+)
 
 
 def _swiglu(width: int, hidden: int, bias: bool = False) -> int:
@@ -30,7 +38,15 @@ def _gqa(width: int, heads: int, kv_heads: int, head_dim: int) -> int:
     return sum(rows * columns for rows, columns in shapes)
 
 
-def _mla(width: int, heads: int, q_rank: int, kv_rank: int, nope_dim: int, rope_dim: int, v_dim: int) -> int:
+def _mla(
+    width: int,
+    heads: int,
+    q_rank: int,
+    kv_rank: int,
+    nope_dim: int,
+    rope_dim: int,
+    v_dim: int,
+) -> int:
     shapes = [
         (q_rank, width),
         (heads * (nope_dim + rope_dim), q_rank),
@@ -56,7 +72,11 @@ def _moe_totals(
     k: int,
     shared: int,
 ) -> tuple[int, int]:
-    everywhere = layers * (_gqa(width, heads, kv_heads, head_dim) + 2 * width) + width + 2 * vocab * width
+    everywhere = (
+        layers * (_gqa(width, heads, kv_heads, head_dim) + 2 * width)
+        + width
+        + 2 * vocab * width
+    )
     dense = min(first_dense, layers)
     sparse = layers - dense
     everywhere += dense * _swiglu(width, dense_hidden)
@@ -73,7 +93,10 @@ def _active_at(total: int, active: int, experts: int, k: int, new_k: int) -> int
 
 
 def _cases(rng: Random, **ranges: tuple[int, int]) -> list[dict[str, int]]:
-    return [{name: rng.randint(*bounds) for name, bounds in ranges.items()} for _ in range(12)]
+    return [
+        {name: rng.randint(*bounds) for name, bounds in ranges.items()}
+        for _ in range(12)
+    ]
 
 
 def _swiglu_no_bias(answer: Answer, rng: Random) -> None:
@@ -81,21 +104,29 @@ def _swiglu_no_bias(answer: Answer, rng: Random) -> None:
 
 
 def _swiglu_bias(answer: Answer, rng: Random) -> None:
-    cases = [case | {"bias": True} for case in _cases(rng, width=(2, 40), hidden=(2, 90))]
+    cases = [
+        case | {"bias": True} for case in _cases(rng, width=(2, 40), hidden=(2, 90))
+    ]
     expect_count(answer, cases, _swiglu)
 
 
 def _matched_enough(answer: Answer, rng: Random) -> None:
     cases = _cases(rng, width=(1, 30), dense_hidden=(1, 400), multiple=(2, 40))
     for case in cases:
-        case["dense_hidden"] += 2 * case["dense_hidden"] % (3 * case["multiple"]) == 0  # that is the next invariant's
+        case["dense_hidden"] += (
+            2 * case["dense_hidden"] % (3 * case["multiple"]) == 0
+        )  # that is the next invariant's
     expect_count(answer, cases, _matched_hidden)
 
 
 def _matched_exact(answer: Answer, rng: Random) -> None:
     # dense_hidden = 3·m·j/2 meets the budget exactly at hidden = m·j: nothing may be added there.
     cases = [
-        {"width": rng.randint(1, 30), "dense_hidden": 3 * half * j, "multiple": 2 * half}
+        {
+            "width": rng.randint(1, 30),
+            "dense_hidden": 3 * half * j,
+            "multiple": 2 * half,
+        }
         for half, j in ((rng.randint(1, 20), rng.randint(1, 9)) for _ in range(12))
     ]
     expect_count(answer, cases, _matched_hidden)
@@ -103,10 +134,14 @@ def _matched_exact(answer: Answer, rng: Random) -> None:
 
 def _gqa_cases(rng: Random, groups: tuple[int, int]) -> list[dict[str, int]]:
     cases = []
-    for case in _cases(rng, width=(3, 60), kv_heads=(2, 6), head_dim=(2, 16), group=groups):
+    for case in _cases(
+        rng, width=(3, 60), kv_heads=(2, 6), head_dim=(2, 16), group=groups
+    ):
         case["heads"] = case["kv_heads"] * case.pop("group")
         if case["heads"] * case["head_dim"] == case["width"]:
-            case["width"] += 1  # heads·head_dim differs from the width, as in gpt-oss and Qwen3
+            case["width"] += (
+                1  # heads·head_dim differs from the width, as in gpt-oss and Qwen3
+            )
         cases.append(case)
     return cases
 
@@ -137,7 +172,9 @@ def _mla_weights(answer: Answer, rng: Random) -> None:
         want, got = _mla(**case), answer(**case)
         norms = case["q_rank"] + case["kv_rank"]
         if type(got) is not int or got not in (want, want - norms):
-            raise Failure(f"{describe(**case)}:\n    expected {want - norms} in the five matrices, got {got!r}")
+            raise Failure(
+                f"{describe(**case)}:\n    expected {want - norms} in the five matrices, got {got!r}"
+            )
 
 
 def _mla_all(answer: Answer, rng: Random) -> None:
@@ -171,10 +208,14 @@ def _part(index: int) -> Any:
         for case in sorted(_moe_cases(rng, **fixed), key=lambda c: sum(c.values())):
             want, got = _moe_totals(**case), answer(**case)
             if not isinstance(got, tuple) or len(got) != 2:
-                raise Failure(f"{describe(**case)}:\n    expected a pair (total, active), got {got!r}")
+                raise Failure(
+                    f"{describe(**case)}:\n    expected a pair (total, active), got {got!r}"
+                )
             if type(got[index]) is not int or got[index] != want[index]:
                 name = ("total", "active")[index]
-                raise Failure(f"{describe(**case)}:\n    expected {name} = {want[index]}, got {got[index]!r}")
+                raise Failure(
+                    f"{describe(**case)}:\n    expected {name} = {want[index]}, got {got[index]!r}"
+                )
 
     return test
 
@@ -198,7 +239,9 @@ def _moe_every_expert(answer: Answer, rng: Random) -> None:
 
 def _published_sizes(rng: Random, up: bool) -> list[dict[str, int]]:
     cases = []
-    for case in _cases(rng, rest=(10**3, 10**11), expert=(10**2, 10**10), experts=(4, 256)):
+    for case in _cases(
+        rng, rest=(10**3, 10**11), expert=(10**2, 10**10), experts=(4, 256)
+    ):
         experts = case["experts"]
         k = rng.randint(2, experts // 2)
         new_k = rng.randint(k + 1, experts) if up else rng.randint(1, k - 1)
@@ -220,7 +263,9 @@ def _active_fewer(answer: Answer, rng: Random) -> None:
 
 def _active_more(answer: Answer, rng: Random) -> None:
     cases = _published_sizes(rng, up=True)
-    cases += [case | {"new_k": case["experts"]} for case in cases[:3]]  # every expert: active = total
+    cases += [
+        case | {"new_k": case["experts"]} for case in cases[:3]
+    ]  # every expert: active = total
     expect_count(answer, cases, _active_at)
 
 
@@ -239,12 +284,16 @@ def _figure_answers(answer: Answer, _rng: Random) -> None:
     for question in FIGURES:
         got = answer(question)
         if type(got) is not str or got not in ("total", "active", "neither"):
-            raise Failure(f"{question!r}:\n    expected 'total', 'active' or 'neither', got {got!r}")
+            raise Failure(
+                f"{question!r}:\n    expected 'total', 'active' or 'neither', got {got!r}"
+            )
         if got != FIGURES[question]:
             wrong.append(question)
     if wrong:
         # How many, not which: with three choices each, the list would be the answer.
-        raise Failure(f"{len(FIGURES) - len(wrong)} of {len(FIGURES)} questions answered rightly")
+        raise Failure(
+            f"{len(FIGURES) - len(wrong)} of {len(FIGURES)} questions answered rightly"
+        )
 
 
 _TWO_BETS = "book/concepts/two_bets"

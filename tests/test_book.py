@@ -1,0 +1,717 @@
+"""The built book as a reader meets it: in a real browser, without a network, in light and dark, on a phone, on paper.
+
+The book is built by book/build.py, which does nothing when it is up to date.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+from xml.etree import ElementTree
+
+import bs4
+import nbformat
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+HTML = ROOT / "_build" / "html"
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PHONE = {"width": 390, "height": 844}
+DESKTOP = {"width": 1280, "height": 900}
+
+
+def toc_pages() -> list[str]:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [
+        toc["root"],
+        *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"]),
+    ]
+    return [file.removesuffix(".md").removesuffix(".ipynb") for file in files]
+
+
+PAGES = toc_pages()
+NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
+
+
+@pytest.fixture(scope="module")
+def book() -> Path:
+    built = subprocess.run(
+        [sys.executable, "book/build.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return HTML
+
+
+@pytest.fixture(scope="module")
+def soups(book: Path) -> dict[str, Any]:
+    """Every built page, parsed, by its path from the root of the site."""
+    return {
+        path.relative_to(book).as_posix(): bs4.BeautifulSoup(
+            path.read_text(encoding="utf8"), "html.parser"
+        )
+        for path in sorted(book.rglob("*.html"))
+        if "_static" not in path.parts
+    }
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(book: Path) -> Iterator[str]:
+    handler = functools.partial(QuietHandler, directory=str(book))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = [
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ]
+    if not found:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found[0], args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A fresh profile: nothing kept from other tests."""
+    context = browser.new_context(viewport=DESKTOP, color_scheme="light")
+    context.set_default_timeout(10_000)
+    yield context.new_page()
+    context.close()
+
+
+@dataclass
+class Visit:
+    """What one look at a page brought to light."""
+
+    console: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    formulas: int = 0
+    bad_formulas: list[str] = field(default_factory=list)
+    broken_images: list[str] = field(default_factory=list)
+    phone_width: int = 0
+    too_wide: list[str] = field(default_factory=list)
+    violations: dict[str, list[str]] = field(default_factory=dict)
+    done_buttons: int = 0
+
+
+LOOK = """async () => {
+  if (window.MathJax?.startup) await MathJax.startup.promise;
+  const settled = image => image.complete || new Promise(done => { image.onload = image.onerror = done; });
+  await Promise.all([...document.images].map(settled));
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  const formulas = [...document.querySelectorAll("article .math")];
+  const rendered = node => {
+    const box = node.querySelector("mjx-container")?.getBoundingClientRect();
+    return box && box.width > 0 && box.height > 0 && !node.querySelector("mjx-merror, [data-mjx-error]");
+  };
+  return {
+    formulas: formulas.length,
+    bad_formulas: formulas.filter(node => !rendered(node)).map(node => node.textContent.slice(0, 80)),
+    broken_images: [...document.images].filter(i => i.getClientRects().length && !i.naturalWidth).map(i => i.src),
+    done_buttons: document.querySelectorAll(".page-done button").length,
+  };
+}"""
+WIDE = """() => {
+  const clips = node => ["auto", "scroll", "hidden"].includes(getComputedStyle(node).overflowX);
+  const scrolls = node => node && (clips(node) || scrolls(node.parentElement));
+  return {
+    phone_width: document.documentElement.scrollWidth,
+    too_wide: [...document.querySelectorAll("body *")]
+      .filter(node => node.getBoundingClientRect().right > innerWidth + 1 && !scrolls(node.parentElement))
+      .map(node => node.outerHTML.slice(0, 100)),
+  };
+}"""
+
+
+@pytest.fixture(scope="module")
+def visits(browser: Any, site: str) -> dict[str, Visit]:
+    """Open every page once and look at all that the tests below ask about."""
+    context = browser.new_context(
+        viewport=DESKTOP, color_scheme="light", reduced_motion="reduce"
+    )
+    seen = {name: visit(context, site, name) for name in [*PAGES, "search"]}
+    context.close()
+    return seen
+
+
+def visit(context: Any, site: str, name: str) -> Visit:
+    seen = Visit()
+    page = context.new_page()
+
+    def hear(said: Any) -> None:
+        if said.type in ("error", "warning"):
+            seen.console.append(f"{said.text} ({said.location['url']})")
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: seen.console.append(str(error)))
+    page.on(
+        "requestfailed",
+        lambda request: seen.console.append(f"request failed: {request.url}"),
+    )
+    page.on("request", lambda request: seen.requests.append(request.url))
+    page.goto(f"{site}{name}.html", wait_until="load")
+    for key, value in page.evaluate(LOOK).items():
+        setattr(seen, key, value)
+    seen.violations["light"] = serious_violations(page, {})
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    seen.violations["dark"] = serious_violations(page, {"runOnly": ["color-contrast"]})
+    page.set_viewport_size(PHONE)
+    for key, value in page.evaluate(WIDE).items():
+        setattr(seen, key, value)
+    page.close()
+    return seen
+
+
+def serious_violations(page: Any, options: dict[str, Any]) -> list[str]:
+    # preload would ask for style sheets at addresses that don't exist; what passes need not be reported in full.
+    options = {"preload": False, "resultTypes": ["violations"], **options}
+    return [
+        f"{violation['id']} ({violation['impact']}): {node['target']} {node['failureSummary']}"
+        for violation in Axe().run(page, options=options).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"][:3]
+    ]
+
+
+def collect(visits: dict[str, Visit], what: str) -> str:
+    """One line for each finding, with its page: empty when all is well."""
+    return "\n".join(
+        f"{name}: {finding}"
+        for name, seen in visits.items()
+        for finding in getattr(seen, what)
+    )
+
+
+# ---- Every page ---------------------------------------------------------------------------------------------
+
+
+def test_pages_open_without_an_error_or_warning_in_the_console(
+    visits: dict[str, Visit],
+) -> None:
+    assert not collect(visits, "console")
+
+
+def test_no_request_leaves_this_machine(
+    visits: dict[str, Visit], soups: dict[str, Any], site: str
+) -> None:
+    asked = [(name, url) for name, seen in visits.items() for url in seen.requests]
+    assert len(asked) > 10 * len(visits)
+    assert not [
+        item for item in asked if not item[1].startswith((site, "data:", "blob:"))
+    ]
+    loaded = [
+        (name, url)
+        for name, soup in soups.items()
+        for tag in soup.find_all(["script", "link", "img", "iframe", "video", "source"])
+        for url in [
+            tag.get("src")
+            or (tag.get("href") if tag.get("rel") != ["canonical"] else None)
+        ]
+        if url and urlsplit(url).netloc
+    ]
+    assert not loaded, "these pages would load something from elsewhere"
+
+
+def test_formulas_are_rendered(visits: dict[str, Visit]) -> None:
+    assert sum(seen.formulas for seen in visits.values()) > 0
+    assert not collect(visits, "bad_formulas")
+
+
+def test_images_load_and_have_alt_text(
+    visits: dict[str, Visit], soups: dict[str, Any]
+) -> None:
+    assert not collect(visits, "broken_images")
+    images = [
+        (name, image)
+        for name, soup in soups.items()
+        for image in soup.select("article img")
+    ]
+    assert images
+    assert not [
+        (name, image.get("src"))
+        for name, image in images
+        if not (image.get("alt") or "").strip()
+    ]
+    generic = re.compile(
+        r"(\.\./|_images/|.*\.(png|svg|jpe?g)$)"
+    )  # Sphinx's stand-in for a missing text is the file name
+    assert not [
+        (name, image["alt"]) for name, image in images if generic.match(image["alt"])
+    ]
+    assert not [
+        name
+        for name, soup in soups.items()
+        for image in soup.find_all("img")
+        if image.get("alt") is None
+    ]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_serious_accessibility_violation(
+    visits: dict[str, Visit], theme: str
+) -> None:
+    found = [
+        f"{name}: {violation}"
+        for name, seen in visits.items()
+        for violation in seen.violations[theme]
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_no_page_scrolls_sideways_on_a_phone(visits: dict[str, Visit]) -> None:
+    wide = {
+        name: seen.too_wide[:3]
+        for name, seen in visits.items()
+        if seen.phone_width > PHONE["width"]
+    }
+    assert not wide
+
+
+def test_links_and_anchors_resolve(book: Path, soups: dict[str, Any]) -> None:
+    ids = {
+        name: {tag["id"] for tag in soup.find_all(id=True)}
+        for name, soup in soups.items()
+    }
+    checked, broken = 0, []
+    for name, soup in soups.items():
+        targets = [
+            tag.get("href") or tag.get("src")
+            for tag in soup.find_all(["a", "img", "script", "link"])
+        ]
+        targets += [
+            tag["content"].partition("url=")[2]
+            for tag in soup.find_all("meta", {"http-equiv": "Refresh"})
+        ]
+        for target in filter(None, targets):
+            url = urlsplit(urljoin(name, target))
+            if url.scheme or url.netloc or target == "#":
+                continue
+            checked += 1
+            path, anchor = unquote(url.path) or name, unquote(url.fragment)
+            path = path if path in soups else path.removeprefix("./")
+            if not (book / path).is_file() or (
+                anchor and path in ids and anchor not in ids[path]
+            ):
+                broken.append(f"{name}: {target}")
+    assert checked > 100
+    assert not broken, "\n".join(sorted(set(broken)))
+
+
+def test_figures_and_equations_are_numbered(soups: dict[str, Any]) -> None:
+    figures, equations = [], []
+    for page in PAGES:
+        soup = soups[f"{page}.html"]
+        for figure in soup.select("article figure"):
+            number = figure.select_one("figcaption .caption-number")
+            assert number, (
+                f"{page}: a figure without caption and number: {figure.find('img')['alt']}"
+            )
+            figures.append(number.text.strip())
+        for equation in soup.select("article div.math[id]"):
+            number = equation.select_one(".eqno")
+            assert number, f"{page}: {equation['id']} has no number"
+            equations.append(re.sub(r"\D", "", number.text))
+    assert figures == [f"Figure {n}" for n in range(1, len(figures) + 1)]
+    assert equations == [str(n) for n in range(1, len(equations) + 1)]
+    assert figures
+    assert equations
+
+
+def test_pages_describe_themselves_for_sharing(soups: dict[str, Any]) -> None:
+    for page in PAGES:
+        tags = {
+            tag["property"]: tag["content"]
+            for tag in soups[f"{page}.html"].find_all("meta", property=True)
+        }
+        assert tags.get("og:title"), page
+        assert tags.get("og:type") == "website", page
+        assert tags.get("og:site_name") == "Dense and Sparse", page
+        assert urlsplit(tags.get("og:url", "https://nowhere")).scheme == "https", page
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_page_offers_its_notebook(page: Any, site: str, name: str) -> None:
+    page.goto(f"{site}{name}.html")
+    href = page.locator("a.btn-download-source-button").first.get_attribute("href")
+    downloaded = page.request.get(urljoin(page.url, href))
+    assert downloaded.ok
+    notebook = nbformat.reads(downloaded.text(), as_version=4)
+    nbformat.validate(notebook)
+    assert notebook == nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+
+
+# ---- What a reader does -------------------------------------------------------------------------------------
+
+
+def test_the_first_address_leads_to_the_landing_page(
+    page: Any, site: str, book: Path
+) -> None:
+    for address in (f"{site}index.html", (book / "index.html").as_uri()):
+        page.goto(address)
+        page.wait_for_url(f"**/{PAGES[0]}.html")
+        assert page.locator("article h1").is_visible()
+
+
+def test_search_finds_a_term(page: Any, site: str) -> None:
+    page.goto(f"{site}{PAGES[0]}.html")
+    page.keyboard.press("Control+k")
+    page.locator("#search-input").press_sequentially("router")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/search.html?q=router")
+    results = page.locator("#search-results ul.search li a")
+    results.first.wait_for()
+    assert any(
+        "/book/" in link
+        for link in results.evaluate_all("links => links.map(link => link.href)")
+    )
+    page.goto(f"{site}search.html?q=zzqqxx")
+    page.get_by_text("did not match any documents").wait_for()
+
+
+def test_theme_toggle_changes_the_page_and_is_remembered(page: Any, site: str) -> None:
+    background = "getComputedStyle(document.body).backgroundColor"
+    page.goto(f"{site}{PAGES[0]}.html")
+    assert page.evaluate(background) == "rgb(255, 255, 255)"
+    for _ in range(3):  # auto, light, dark in an order that depends on the system
+        if page.evaluate("document.documentElement.dataset.theme") == "dark":
+            break
+        page.locator("button.theme-switch-button:visible").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    dark = page.evaluate(background)
+    assert dark != "rgb(255, 255, 255)"
+    page.goto(f"{site}{PAGES[1]}.html")
+    assert page.evaluate(background) == dark
+
+
+def with_minutes(soups: dict[str, Any]) -> list[str]:
+    pages = [
+        page for page in PAGES if soups[f"{page}.html"].select("article [data-minutes]")
+    ]
+    assert len(pages) >= 3
+    return pages
+
+
+def test_progress_is_kept_and_can_be_cleared(
+    page: Any, site: str, soups: dict[str, Any]
+) -> None:
+    counted = with_minutes(soups)
+    first, second = counted[:2]
+    page.goto(f"{site}{first}.html")
+    page.get_by_role("button", name="Mark this page as done").click()
+    page.reload()
+    page.get_by_role("button", name="Mark as not done").wait_for()
+    assert page.locator(".bd-sidebar-primary .done-mark").count() == 1
+
+    page.goto(f"{site}{PAGES[0]}.html")
+    box = page.locator("#course-progress")
+    total = sum(
+        int(soups[f"{name}.html"].select_one("[data-minutes]")["data-minutes"])
+        for name in counted
+    )
+    done = int(soups[f"{first}.html"].select_one("[data-minutes]")["data-minutes"])
+    left = total - done
+    text = box.inner_text()
+    assert f"1 of {len(counted)} pages done" in text
+    assert (f"{left // 60} h" if left >= 60 else f"{left} min") in text
+    assert "stays in this browser" in text
+    assert box.locator("progress").evaluate("bar => [bar.value, bar.max]") == [
+        done,
+        total,
+    ]
+    link = box.get_by_role("link", name="Continue with")
+    assert link.get_attribute("href").endswith(f"/{second}.html")
+
+    page.on("dialog", lambda dialog: dialog.accept())
+    box.get_by_role("button", name="Clear my progress").click()
+    box.locator("p", has_text=f"0 of {len(counted)} pages done").wait_for()
+    assert page.locator(".done-mark").count() == 0
+    page.goto(f"{site}{first}.html")
+    page.get_by_role("button", name="Mark this page as done").wait_for()
+
+
+def test_pages_with_minutes_can_be_marked_as_done_and_no_others(
+    visits: dict[str, Visit], soups: dict[str, Any]
+) -> None:
+    counted = with_minutes(soups)
+    assert {name: seen.done_buttons for name, seen in visits.items()} == {
+        name: name in counted for name in visits
+    }
+
+
+def test_pages_read_the_same_without_storage_and_without_javascript(
+    browser: Any, site: str, soups: dict[str, Any]
+) -> None:
+    name = with_minutes(soups)[0]
+    blocked = browser.new_context()
+    blocked.add_init_script(
+        """const get = Storage.prototype.getItem;
+        Storage.prototype.getItem = function (key) {
+          if (key.startsWith("moe-course")) throw new DOMException("blocked", "SecurityError");
+          return get.call(this, key);
+        };"""
+    )
+    page = blocked.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{site}{name}.html")
+    assert page.locator("article h1").is_visible()
+    assert page.locator(".page-done").count() == 0
+    page.goto(f"{site}{PAGES[0]}.html")
+    assert not page.locator("#course-progress").inner_text()
+    assert not errors
+    blocked.close()
+
+    plain = browser.new_context(java_script_enabled=False)
+    page = plain.new_page()
+    page.goto(f"{site}{name}.html")
+    assert page.locator("article h1").is_visible()
+    assert page.locator(".page-card").is_visible()
+    plain.close()
+
+
+def test_a_glossary_word_shows_its_definition(
+    page: Any, site: str, soups: dict[str, Any]
+) -> None:
+    glossary = "book/reference/glossary.html"
+    name, href = next(
+        (name, link["href"])
+        for name, soup in soups.items()
+        if name != glossary
+        for link in soup.select("article a[href]")
+        if "reference/glossary.html#g-" in link["href"]
+        and not link.find_parent("details")
+    )
+    term = soups[glossary].find(id=href.partition("#")[2])
+    assert term, f"the glossary has no {href}"
+    page.goto(f"{site}{name}")
+    link = page.locator(f'article a[href="{href}"]').first
+    tip = page.locator("[role=tooltip]")
+    for show in (link.hover, link.focus):
+        show()
+        tip.wait_for()
+        assert len(tip.inner_text()) > 20
+        first_words = " ".join(term.get_text(" ", strip=True).split()[:1])
+        assert first_words in tip.inner_text()
+        assert link.get_attribute("aria-describedby") == tip.get_attribute("id")
+        page.keyboard.press("Escape")
+        tip.wait_for(state="detached")
+        page.mouse.move(0, 0)
+
+
+def test_paper_shows_the_answers_and_no_sidebar(
+    page: Any, site: str, soups: dict[str, Any]
+) -> None:
+    name = next(name for name, soup in soups.items() if soup.select("article details"))
+    page.goto(f"{site}{name}")
+    closed = "document.querySelectorAll('article details:not([open])').length"
+    before = page.evaluate(closed)
+    assert before > 0
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(closed) == 0
+    assert not page.locator(".bd-sidebar-primary").is_visible()
+    assert not page.locator(".prev-next-footer").is_visible()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(closed) == before
+
+
+# ---- Books of a few pages, for what the real one must not be changed for -------------------------------------
+
+
+def small_book(
+    root: Path, pages: dict[str, str | list[str]], address: str = ""
+) -> None:
+    """A book with the real configuration, extension and style; a page is Markdown or a list of code cells."""
+    for name in ("_ext", "_static"):
+        shutil.copytree(ROOT / "book" / name, root / "book" / name)
+    for name in ("build.py", "references.bib"):
+        shutil.copy(ROOT / "book" / name, root / "book")
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config["repository"]["url"] = address
+    (root / "_config.yml").write_text(yaml.safe_dump(config))
+    first, *rest = pages
+    toc = {
+        "format": "jb-book",
+        "root": first,
+        "chapters": [{"file": page} for page in rest],
+    }
+    (root / "_toc.yml").write_text(yaml.safe_dump(toc))
+    for page, content in pages.items():
+        write_page(root, page, content)
+
+
+def write_page(root: Path, page: str, content: str | list[str]) -> None:
+    if isinstance(content, str):
+        (root / f"{page}.md").write_text(content)
+        return
+    cells = [nbformat.v4.new_markdown_cell(f"# {page}", id="title")]
+    cells += [
+        nbformat.v4.new_code_cell(code, id=f"cell{n}") for n, code in enumerate(content)
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), root / f"{page}.ipynb")
+
+
+def build_small_book(root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "book/build.py"], cwd=root, capture_output=True, text=True
+    )
+
+
+FIGURE = "```{figure} book/_static/favicon.svg\n:alt: Eight squares\n:name: fig-squares\n\nSquares.\n```"
+
+
+@pytest.fixture(scope="module", params=["", "https://github.com/example/moe"])
+def address_and_html(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    root = tmp_path_factory.mktemp("book")
+    pages = {
+        "start": "# Start\n\nSee [the squares](#fig-squares).",
+        "next": f"# Next\n\n{FIGURE}",
+        "chapter": [],
+    }
+    small_book(root, pages, address=request.param)
+    built = build_small_book(root)
+    assert built.returncode == 0, built.stdout
+    return request.param, root / "_build" / "html"
+
+
+def test_the_address_is_one_setting(address_and_html: tuple[str, Path]) -> None:
+    address, html = address_and_html
+    page = bs4.BeautifulSoup((html / "chapter.html").read_text(), "html.parser")
+    links = {
+        link["href"]
+        for link in page.find_all("a", href=True)
+        if link["href"].startswith("http")
+    }
+    canonical = [link["href"] for link in page.find_all("link", rel="canonical")]
+    og_url = [tag["content"] for tag in page.find_all("meta", property="og:url")]
+    if not address:
+        assert not links
+        assert not canonical
+        assert not og_url
+        assert not (html / "sitemap.xml").exists()
+        return
+    issue = (
+        "title=Issue%20on%20page%20%2Fchapter.html&body=Your%20issue%20content%20here."
+    )
+    assert links == {
+        "https://colab.research.google.com/github/example/moe/blob/main/chapter.ipynb",
+        "https://mybinder.org/v2/gh/example/moe/main?urlpath=lab/tree/chapter.ipynb",
+        "https://github.com/example/moe",
+        "https://github.com/example/moe/edit/main/chapter.ipynb",
+        f"https://github.com/example/moe/issues/new?{issue}",
+    }
+    assert canonical == og_url == ["https://example.github.io/moe/chapter.html"]
+    sitemap = ElementTree.parse(html / "sitemap.xml").getroot()
+    assert {tag.text for tag in sitemap.iter() if tag.tag.endswith("loc")} == {
+        f"https://example.github.io/moe/{name}.html"
+        for name in ("start", "next", "chapter")
+    }
+
+
+def test_a_link_to_a_figure_carries_its_number(
+    address_and_html: tuple[str, Path],
+) -> None:
+    _, html = address_and_html
+    page = bs4.BeautifulSoup((html / "start.html").read_text(), "html.parser")
+    assert (
+        page.select_one('article a[href="next.html#fig-squares"]').text
+        == "the squares (Figure 1)"
+    )
+
+
+def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
+    package = tmp_path / "moe_course"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "deep.py").write_text("value = 111111\n")
+    (package / "near.py").write_text("from .deep import value\n")
+    (package / "other.py").write_text("value = 222222\n")
+    uses, apart = (
+        "from moe_course.near import value\nvalue",
+        "from moe_course import other\nother.value",
+    )
+    small_book(
+        tmp_path, {"start": "# Start\n\nWords.", "uses": [uses], "apart": [apart]}
+    )
+
+    def build() -> tuple[int, set[str], str]:
+        built = build_small_book(tmp_path)
+        executed = set(
+            re.findall(r"^\[\d+/\d+\] (\w+) \.\.\. ", built.stdout, re.MULTILINE)
+        )
+        return built.returncode, executed, built.stdout
+
+    def shown(page: str) -> str:
+        return (tmp_path / "_build" / "html" / f"{page}.html").read_text()
+
+    code, executed, output = build()
+    assert code == 0, output
+    assert executed == {"uses", "apart"}
+    assert "[2/2]" in output
+    assert "111111" in shown("uses")
+
+    code, executed, output = build()
+    assert (code, executed) == (0, set())
+    assert output.startswith("The book is up to date.")
+
+    # A module two imports away, with the same size and date as before.
+    date = (package / "deep.py").stat().st_mtime_ns
+    (package / "deep.py").write_text("value = 333333\n")
+    os.utime(package / "deep.py", ns=(date, date))
+    code, executed, output = build()
+    assert (code, executed) == (0, {"uses"}), output
+    assert "333333" in shown("uses")
+    assert "222222" in shown("apart")
+
+    # A page with a new title, which the other pages' sidebars show, and a broken link: a failure that does not go
+    # away by building again.
+    write_page(tmp_path, "start", "# Another title\n\n[Nowhere](#no-such-anchor)")
+    for _ in range(2):
+        code, executed, output = build()
+        assert (code, executed) == (1, set()), output
+        assert "no-such-anchor" in output
+        assert "Another title" in shown("apart")
+
+    # A failing cell: its message is shown.
+    write_page(tmp_path, "apart", [apart, "assert other.value == 0, 'the diagnosis'"])
+    code, executed, output = build()
+    assert (code, executed) == (1, {"apart"}), output
+    assert "the diagnosis" in output
