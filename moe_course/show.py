@@ -5,6 +5,7 @@ a copy of code.
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -22,5 +23,5 @@ def show(*objects: type | Callable[..., Any]) -> Any:
             place = "this notebook"
         else:
             place = module.__name__.replace(".", "/") + ".py"
-        parts.append(f"# {place}\n{inspect.getsource(thing).rstrip()}")
+        parts.append(f"# {place}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
     return Code("\n\n\n".join(parts), language="python")
