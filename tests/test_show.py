@@ -20,9 +20,11 @@ def test_it_shows_the_file_and_the_whole_source():
 def test_several_objects_are_shown_in_order():
     code = show(SwiGLU, FFN.params).data
     assert code.index("# moe_course/layers/ffn.py\nclass SwiGLU") == 0
-    assert code.index("# moe_course/specs/model.py\n    def params") > code.index(
-        "self.down(F.silu(self.gate(x))"
+    # a method loses the indentation of its class, and nothing else
+    assert code.index("# moe_course/specs/model.py\ndef params") > code.index(
+        "return self.down(hidden)"
     )
+    assert "\n    weights = (inputs + 1) * width * self.hidden\n" in code
 
 
 def test_what_a_notebook_defines_is_said_to_be_there():
