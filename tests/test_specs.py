@@ -310,6 +310,11 @@ def test_a_flag_that_is_no_bool_is_refused(cls, field, bad):
             {"dense_layers": ("1",)},
             "dense_layers must hold layer indices, got",
         ),
+        (ModelSpec, {"attention": None}, "attention must be GQA.*got None"),
+        (ModelSpec, {"ffn": 16}, r"ffn must be FFN\(...\), got 16"),
+        (ModelSpec, {"moe": FFN(4)}, "moe must be RoutedExperts.*got FFN"),
+        (RoutedExperts, {"expert": 16}, r"expert must be FFN\(...\), got 16"),
+        (RoutedExperts, {"shared": 16}, r"shared must be FFN\(...\), got 16"),
     ],
 )
 def test_contradictory_shapes_are_refused(cls, changes, message):

@@ -29,6 +29,15 @@ def _require_sizes(obj: object, *names: str, least: int = 1) -> None:
             )
 
 
+def _require_parts(obj: object, kind: type, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{type(obj).__name__}.{name} must be {kind.__name__}(...), got {value!r}"
+            )
+
+
 def _require_flags(obj: object, *names: str) -> None:
     # Counts multiply by these: "false" or 2 would be a wrong number, not an error.
     for name in names:
@@ -152,6 +161,7 @@ class RoutedExperts:
     def __post_init__(self) -> None:
         _require_sizes(self, "experts", "k")
         _require_flags(self, "shared_gate", "router_bias")
+        _require_parts(self, FFN, "expert", *(["shared"] if self.shared else []))
         if self.k > self.experts:
             raise ValueError(
                 f"k ({self.k}) must not exceed the number of experts ({self.experts})"
@@ -199,6 +209,13 @@ class ModelSpec:
         _require_sizes(self, "layers", "width", "vocab", "moe_every")
         _require_sizes(self, "first_dense", "norms_per_layer", least=0)
         _require_flags(self, "tied_embeddings")
+        if not isinstance(self.attention, GQA | MLA):
+            raise ValueError(
+                f"ModelSpec.attention must be GQA(...) or MLA(...), got {self.attention!r}"
+            )
+        for name, kind in (("ffn", FFN), ("moe", RoutedExperts)):
+            if getattr(self, name) is not None:
+                _require_parts(self, kind, name)
         if any(type(i) is not int for i in self.dense_layers):
             raise ValueError(
                 f"ModelSpec.dense_layers must hold layer indices, got {self.dense_layers!r}"
