@@ -78,33 +78,17 @@ def figure(
 def stored_and_used(ax: Axes, specs: Sequence[ModelSpec]) -> None:
     """One row a model: what it stores (total) and what one token uses (active), on a logarithmic axis."""
     specs = sorted(specs, key=lambda spec: spec.total_params())
+    ring: Any = {"facecolors": "white", "linewidths": 2}
     for row, spec in enumerate(specs):
         total, active = spec.total_params() / 1e9, spec.active_params() / 1e9
+        color = SPARSE if spec.moe else DENSE
         ax.plot([active, total], [row, row], color="#B8B8B8", linewidth=2.5, zorder=1)
-        ax.scatter(
-            [total],
-            [row],
-            color=DENSE,
-            s=46,
-            zorder=2,
-            label="stored (total)" if row == 0 else None,
-        )
-        ax.scatter(
-            [active],
-            [row],
-            color=SPARSE,
-            s=46,
-            zorder=3,
-            marker="D",
-            label="used by one token" if row == 0 else None,
-        )
-        ax.text(
-            total * 1.18,
-            row,
-            "dense" if spec.moe is None else f"{total / active:.1f}x",
-            va="center",
-            fontsize=9,
-        )
+        ax.scatter([total], [row], s=62, zorder=2, edgecolors=color, **ring)
+        ax.scatter([active], [row], color=color, s=34, marker="D", zorder=3)
+        label = f"{total / active:.1f}x" if spec.moe else "dense"
+        ax.text(total * 1.18, row, label, va="center", fontsize=9)
+    ax.scatter([], [], s=62, edgecolors=INK, label="stored (total)", **ring)
+    ax.scatter([], [], color=INK, s=34, marker="D", label="used by one token (active)")
     ax.set_yticks(range(len(specs)), [spec.name for spec in specs])
     ax.set_xscale("log")
     ax.set_xlim(right=2500)

@@ -113,8 +113,9 @@ check("01.3", gqa_params)
 #
 # {meta 01.4}
 #
-# DeepSeek-V2 and V3 store, for each token, one latent vector in place of all keys and values. Five matrices, each
-# written as (outputs) x (inputs):
+# DeepSeek-V2 and V3 store, for each token, one latent vector and one rotary key in place of all keys and values. A
+# key has a part that is compared by content (`nope_dim` numbers) and a part that carries the position (`rope_dim`).
+# Five matrices, each written as (outputs) x (inputs):
 #
 # | matrix | outputs | inputs |
 # |---|---|---|
@@ -167,8 +168,8 @@ check("01.4", mla_params)
 # - in every other layer a router (`width` x `experts`, no bias), `experts` SwiGLUs of hidden width `expert_hidden`,
 #   of which each token uses `k`, and `shared` more of the same size that every token uses.
 #
-# Return the pair `(total, active)`: what is stored, and what one token meets. The input embedding counts whole in both.
-# You may call your functions from above.
+# Return the pair `(total, active)`: what is stored, and what one token meets. The input embedding counts whole in
+# both. You may call your functions from above.
 
 
 # %% tags=["01.5"]
@@ -211,8 +212,10 @@ check("01.5", moe_params)
 # be active if each token used `new_k` experts instead. (Whether the model still works well then is another question:
 # released models have one `k`.)
 #
-# What the card gives is enough, whatever the attention and the embeddings look like. All figures are exact
-# integers up to 10^13; return an exact integer.
+# What the card gives is enough, whatever the attention and the embeddings look like, as long as every sparse layer
+# has the same `experts` and `k`. Here all figures are exact integers up to 10^13, and 1 <= new_k <= experts; return
+# an exact integer. (Real cards round: from 46.7 and 12.9 billion you would get 5.63 billion per choice, where 5.64 is
+# exact.)
 
 
 # %% tags=["01.6"]
@@ -234,8 +237,8 @@ check("01.6", active_at)
 #
 # {meta 01.7}
 #
-# For each question below, return `"total"` if the total parameters answer it, `"active"` if the active ones do, and
-# `"neither"` if no count of parameters does:
+# For each quantity below, return the count that it is proportional to, at a given precision: `"total"` or `"active"`,
+# or `"neither"` if no count of parameters decides it. Leave the scores of attention and the key-value cache aside.
 #
 # - `"size of the checkpoint on disk"`
 # - `"FLOPs to process one token"`
@@ -276,6 +279,6 @@ assert full_marks, "the solutions must earn full marks"
 # ## 01.H Defend a number (graded by hand, not counted above)
 #
 # A colleague writes: "Mixtral 8x7B is a 47B model, so it needs about two thirds of the GPU of a 70B one, and is about
-# two thirds as fast." In at most 200 words, say which part of the sentence is right, which is wrong, and what you would
-# have to know to mend it. Give every number with its unit and where it comes from. The rubric is on the page
+# two thirds as fast." In at most 200 words, say which part of the sentence is right, which is wrong, and what you
+# would have to know to mend it. Give every number with its unit and where it comes from. The rubric is on the page
 # [For instructors](../book/start/instructors.md).

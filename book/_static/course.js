@@ -209,14 +209,18 @@
     }
   }
 
-  /* ---- Paper shows every answer ---- */
+  /* ---- Paper is white and shows every answer ---- */
 
   let opened = [];
+  let theme = "";
   addEventListener("beforeprint", () => {
+    theme = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
     opened = [...document.querySelectorAll("details:not([open])")];
     for (const details of opened) details.open = true;
   });
   addEventListener("afterprint", () => {
+    document.documentElement.dataset.theme = theme;
     for (const details of opened) details.open = false;
   });
 

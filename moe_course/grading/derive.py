@@ -17,25 +17,24 @@ from moe_course.grading.core import Exercise, load_exercise
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 GOLDEN = "nbval-check-output"  # tag of the cells whose stored outputs are compared
 
-_SETUP = """\
+_WITH_ADDRESS = """\
 # Where the course is not installed yet, as in Colab, this installs it.
 try:
     import moe_course  # noqa: F401
 except ModuleNotFoundError:
-    {install}"""
+    %pip install -q "moe_course[exercises] @ git+{address}\""""
+
+_WITHOUT_ADDRESS = """\
+# The course must be installed: run `pip install ".[exercises]"` in its folder.
+import moe_course  # noqa: F401"""
 
 
 def setup_cell(address: str) -> str:
-    """Source of the hidden first cell; `address` is the repository's, "" while it has none."""
-    if address:
-        # Without constraints.txt: it would replace the torch that Colab comes with.
-        return _SETUP.format(
-            install=f'%pip install -q "moe_course[exercises] @ git+{address}"'
-        )
-    return _SETUP.format(
-        install='hint = "moe_course is not installed: run `pip install .` in its folder"\n'
-        "    raise ModuleNotFoundError(hint) from None"
-    )
+    """Source of the hidden first cell; `address` is the repository's, "" while it has none.
+
+    It installs without constraints.txt, which would replace the torch that Colab has.
+    """
+    return _WITH_ADDRESS.format(address=address) if address else _WITHOUT_ADDRESS
 
 
 def read_address(root: Path) -> str:

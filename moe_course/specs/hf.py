@@ -1,6 +1,7 @@
 """Read the `config.json` of published models into the fields of a `ModelSpec`.
 
-One small function per family. The rules (which bias exists, which layer is sparse) are those of the model
+Families: llama, mistral, mixtral, qwen2_moe, qwen3, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4,
+dbrx, kimi_k2. One small function each. The rules (which bias exists, which layer is sparse) are those of the model
 classes in `transformers`; tests/test_parity.py holds them to the last parameter.
 """
 

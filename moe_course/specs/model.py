@@ -2,7 +2,8 @@
 
 Every count is an integer number of weights, as they would be stored: no estimate, no
 rounding. Counts agree to the last parameter with the model classes of `transformers`
-built from the same configuration (tests/test_parity.py). Modules for multi-token
+built from the same configuration (tests/test_parity.py),
+where it has one. Modules for multi-token
 prediction and vision towers are outside a `ModelSpec`.
 """
 
@@ -188,7 +189,7 @@ class ModelSpec:
         i >= first_dense   and   (i + 1) mod moe_every = 0   and   i not in dense_layers
 
     else it holds the dense `ffn`. So first_dense=3 is DeepSeek-V3, moe_every=2 is
-    GShard and Llama 4 Maverick. Raises ValueError on sizes that are no positive
+    GShard and GLaM. Raises ValueError on sizes that are no positive
     integers and on layers left without an FFN.
     """
 

@@ -21,9 +21,9 @@ class Published:
 
     total: float | None
     active: float | None
-    active_includes_embedding: (
-        bool  # which of the two conventions the printed active figure follows
-    )
+    # The convention of the printed active figure, stated or the only one that fits; None
+    # where it is too rounded to tell.
+    active_includes_embedding: bool | None
     source: str
     shape_source: str
     verified: str  # of the shape: "primary", "third party", "partly" or "from memory"
@@ -333,7 +333,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "mixtral-8x22b": Published(
             141,
             39,
-            True,
+            None,
             "mistral.ai/news/mixtral-8x22b",
             "Lightning-AI/litgpt litgpt/config.py; maxtext mixtral-8x22b.yml",
             _THIRD,
@@ -342,7 +342,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "dbrx": Published(
             132,
             36,
-            True,
+            None,
             "databricks/dbrx README",
             "databricks/dbrx model/config.json and modeling_dbrx.py",
             _PRIMARY,
@@ -350,7 +350,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "deepseek-v2": Published(
             236,
             21,
-            True,
+            None,
             "DeepSeek-V2 report, arXiv:2405.04434, section 3.1.2",
             "deepseek-ai/DeepSeek-V3 inference/configs/config_236B.json",
             _PRIMARY,
@@ -366,7 +366,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "deepseek-v3": Published(
             671,
             37,
-            True,
+            None,
             "deepseek-ai/DeepSeek-V3 README",
             "deepseek-ai/DeepSeek-V3 inference/configs/config_671B.json",
             _PRIMARY,
@@ -376,7 +376,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "kimi-k2": Published(
             1040,
             32.6,
-            True,
+            None,
             "Kimi K2 report, arXiv:2507.20534, Table 2; the README prints 1T and 32B",
             "MoonshotAI/Kimi-K2 README; latent ranks and dense width from maxtext kimi-k2-1t.yml",
             "partly",
@@ -401,7 +401,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "qwen3-235b-a22b": Published(
             235,
             22,
-            True,
+            None,
             "model card of Qwen3-235B-A22B; arXiv:2505.09388, Table 3",
             "arXiv:2505.09388, Table 2; widths from maxtext's copy of config.json",
             "partly",
@@ -451,7 +451,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "llama-2-70b": Published(
             70,
             None,
-            True,
+            None,
             "llama-models models/llama2/MODEL_CARD.md",
             "Lightning-AI/litgpt litgpt/config.py; maxtext llama2-70b.yml",
             _THIRD,
@@ -460,7 +460,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "llama-3.1-70b": Published(
             70,
             None,
-            True,
+            None,
             "llama-models models/llama3_1/MODEL_CARD.md",
             "Lightning-AI/litgpt litgpt/config.py; maxtext's copy of config.json",
             _THIRD,
@@ -468,7 +468,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "llama-3.1-8b": Published(
             8,
             None,
-            True,
+            None,
             "llama-models models/llama3_1/MODEL_CARD.md",
             "Lightning-AI/litgpt litgpt/config.py; maxtext's copy of config.json",
             _THIRD,
@@ -484,7 +484,7 @@ published: Mapping[str, Published] = MappingProxyType(
         "qwen3-8b": Published(
             8,
             None,
-            True,
+            None,
             "its name; arXiv:2505.09388",
             "arXiv:2505.09388, Table 1; widths from maxtext's copy of config.json",
             "partly",
