@@ -363,6 +363,29 @@ def test_figures_and_equations_are_numbered(soups: dict[str, Any]) -> None:
     assert equations
 
 
+def test_every_figure_of_a_notebook_is_on_its_page(soups: dict[str, Any]) -> None:
+    # A figure that a cell draws but does not show leaves no trace and no error.
+    wanted, shown = [], []
+    for page in NOTEBOOKS:
+        cells = nbformat.read(ROOT / f"{page}.ipynb", as_version=4).cells
+        figures = [cell.metadata.get("mystnb", {}).get("figure") for cell in cells]
+        wanted += [(page, figure["name"]) for figure in figures if figure]
+        found = soups[f"{page}.html"].select("article figure[id]")
+        shown += [(page, figure["id"]) for figure in found if figure.select_one("img")]
+    assert sorted(shown) == sorted(wanted)
+    assert wanted
+
+
+def test_a_figure_opens_in_full_size(page: Any, site: str) -> None:
+    page.set_viewport_size(PHONE)
+    page.goto(f"{site}/book/concepts/two_bets.html")
+    link = page.locator("article figure a.full-size").first
+    natural = link.locator("img").evaluate("image => image.naturalWidth")
+    link.click()
+    page.wait_for_url("**/*.png")
+    assert natural > PHONE["width"]
+
+
 def test_pages_describe_themselves_for_sharing(soups: dict[str, Any]) -> None:
     for page in PAGES:
         tags = {

@@ -201,6 +201,17 @@
     tip = tipOwner = null;
   }
 
+  /* ---- A figure opens in full size: on a phone its labels are too small to read in the page ---- */
+
+  function linkFigures() {
+    for (const image of document.querySelectorAll("article figure img")) {
+      if (image.closest("a")) continue;
+      const link = element("a", { href: image.src, class: "full-size", title: "Open in full size" });
+      image.replaceWith(link);
+      link.append(image);
+    }
+  }
+
   /* ---- What scrolls sideways can be reached with the keyboard ---- */
 
   function reachScrollers() {
@@ -229,6 +240,7 @@
 
   showProgress();
   offerDefinitions();
+  linkFigures();
   addEventListener("load", reachScrollers);
   addEventListener("resize", reachScrollers);
   addEventListener("storage", (event) => event.key === KEY && showProgress());
