@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -21,11 +22,11 @@ def _count(args: argparse.Namespace) -> int:
     from moe_course.specs import ModelSpec
 
     try:
-        config = json.loads(Path(args.config).read_text(encoding="utf-8"))
+        config = json.loads(Path(args.config).read_text(encoding="utf-8-sig"))
         spec = ModelSpec.from_hf_config(config, Path(args.config).name)
     except OSError as error:
         raise UsageError(f"cannot read {args.config}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{args.config} is not JSON: {error}") from error
     except ValueError as error:
         raise UsageError(f"{args.config}: {error}") from error
@@ -55,6 +56,27 @@ def _course_file(relative: str) -> Path:
     return found
 
 
+def _copy_once(source: Path, target: Path) -> bool:
+    """Copy a file, whole or not at all, and never over somebody's work. False where there is one already."""
+    target.parent.mkdir(exist_ok=True)
+    if target.is_file():
+        return False
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(source.read_bytes())
+        # Unlike replace, this fails where the target exists; without hard links (some network drives), copy.
+        try:
+            os.link(partial, target)
+        except FileExistsError:
+            raise
+        except OSError:
+            with target.open("xb") as copy:
+                copy.write(partial.read_bytes())
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
 def _start(args: argparse.Namespace) -> int:
     from moe_course.grading.core import load_exercise
 
@@ -64,20 +86,22 @@ def _start(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     source = _course_file(f"exercises/{exercise.stem}.ipynb")
     target = source.parents[1] / "my_work" / source.name
-    target.parent.mkdir(exist_ok=True)
     try:
-        with target.open("xb") as copy:  # "x": never over somebody's work
-            copy.write(source.read_bytes())
-        print(f"Your copy: {target}")
-    except FileExistsError:
-        print(f"Your copy is already there, and stays as it is: {target}")
+        copied = _copy_once(source, target)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror}") from error
+    print(
+        f"Your copy: {target}"
+        if copied
+        else f"Your copy is already there, and stays as it is: {target}"
+    )
     if args.no_open:
         return 0
     if (
         shutil.which(
             "jupyter-lab",
             path=os.pathsep.join(
-                [str(Path(sys.executable).parent), os.environ["PATH"]]
+                [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
             ),
         )
         is None
@@ -93,21 +117,26 @@ def _start(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from moe_course.grading.notebook import summary
-    from moe_course.grading.run import UnreadableError, notebooks, run
+    from moe_course.grading.run import UnreadableError, notebooks, read, run
 
     try:
+        if not all(args.notebooks):
+            raise UsageError(
+                "an empty name is no notebook: name a notebook or a folder"
+            )
         paths = notebooks([Path(p) for p in args.notebooks])
     except UnreadableError as error:
         raise UsageError(str(error)) from error
     code = 0
     for path in paths:
         try:
+            read(path)
+            print(f"\n{path}", flush=True)
             result = run(path)
         except UnreadableError as error:
             print(f"moe-course: {error}", file=sys.stderr)
             code = 2
             continue
-        print(f"\n{path}")
         for outcome in result.outcomes:
             print(outcome.text())
         for trouble in result.troubles:
@@ -164,11 +193,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Windows console may have no ✓
     try:
         return int(args.run(args))
     except UsageError as error:
         print(f"moe-course: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("moe-course: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `moe-course check ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

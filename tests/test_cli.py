@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import moe_course
 from moe_course import cli
 from moe_course.grading import notebook as grading_notebook
+from moe_course.grading import run as grading_run
 from moe_course.specs.zoo import hf_configs
 
 MIXTRAL = hf_configs["mixtral-8x7b"]
@@ -225,7 +228,10 @@ def test_check_goes_on_after_a_cell_that_raises(tmp_path, capsys, worked):
         "raise RuntimeError('on purpose')",
         notebook=worked,
     )
-    assert "! cell 2 raised RuntimeError: on purpose" in out
+    assert (
+        "! cell 2 (raise RuntimeError('on purpose')) raised RuntimeError: on purpose"
+        in out
+    )
     assert (code, "20 of 20  in all" in out) == (0, True)
 
 
@@ -273,3 +279,148 @@ def test_check_of_several_files_reports_each_and_the_worst_code(root, tmp_path, 
     assert "20 of 20  in all" in out
     assert err.startswith("moe-course: ")
     assert err.count("\n") == 1
+
+
+def _with_answer(worked, question_id, source):
+    (cell,) = [c for c in worked.cells if question_id in c.metadata.get("tags", ())]
+    cell.source = source
+    return worked
+
+
+ENDLESS = (
+    "def gqa_params(width, heads, kv_heads, head_dim):\n    while True:\n        pass"
+)
+STUBBORN = """def gqa_params(width, heads, kv_heads, head_dim):
+    while True:
+        try:
+            while True:
+                pass
+        except KeyboardInterrupt:
+            pass
+"""
+
+
+def test_an_endless_answer_costs_its_own_question(
+    tmp_path, capsys, worked, monkeypatch
+):
+    monkeypatch.setattr(grading_run, "CELL_SECONDS", 3)
+    worked = _with_answer(worked, "01.3", ENDLESS)
+    worked = _with_answer(worked, "01.5", "")  # it calls 01.3
+    code, out = _check(capsys, tmp_path / "01.ipynb", notebook=worked)
+    assert (code, " 13 of 20  in all" in out) == (1, True)
+    assert '(check("01.3", gqa_params)) ran longer than 3 s and was stopped' in out
+
+
+def test_an_answer_that_ignores_the_interrupt_is_ended(
+    tmp_path, capsys, worked, monkeypatch
+):
+    monkeypatch.setattr(grading_run, "CELL_SECONDS", 3)
+    worked = _with_answer(worked, "01.3", STUBBORN)
+    code, out = _check(capsys, tmp_path / "01.ipynb", notebook=worked)
+    assert code == 1
+    assert "kernel died" in out
+
+
+def test_errors_stored_long_ago_are_not_reported(tmp_path, capsys, worked):
+    old = nbformat.v4.new_output(
+        "error", ename="OldError", evalue="last week", traceback=[]
+    )
+    cell = nbformat.v4.new_code_cell("", outputs=[old])
+    worked.cells.insert(2, cell)
+    code, out = _check(capsys, tmp_path / "01.ipynb", notebook=worked)
+    assert (code, "OldError" in out) == (0, False)
+
+
+@pytest.mark.parametrize("metadata", [None, "01", {"exercise": 7}])
+def test_odd_metadata_is_passed_over(tmp_path, capsys, worked, metadata):
+    worked.metadata["moe_course"] = metadata
+    path = tmp_path / "01.ipynb"
+    path.write_text("\ufeff" + nbformat.writes(worked), encoding="utf-8")  # and a BOM
+    assert cli.main(["check", str(path)]) == 0
+    assert "20 of 20" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_not_start_is_one_line(
+    tmp_path, capsys, worked, monkeypatch
+):
+    kernels = tmp_path / "share" / "kernels" / "python3"
+    kernels.mkdir(parents=True)
+    spec = {
+        "argv": ["no-such-python", "{connection_file}"],
+        "display_name": "x",
+        "language": "python",
+    }
+    (kernels / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+    path = tmp_path / "01.ipynb"
+    nbformat.write(worked, path)
+    assert cli.main(["check", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"moe-course: {path}: its kernel does not run")
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch, tmp_path, worked):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grading_run, "run", interrupted)
+    nbformat.write(worked, tmp_path / "01.ipynb")
+    assert cli.main(["check", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "moe-course: stopped\n"
+
+
+def test_output_survives_a_console_without_the_sign(root, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "moe_course.cli",
+            "check",
+            "solutions/01_concepts.ipynb",
+        ],
+        cwd=root,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"20 of 20  in all" in done.stdout
+
+
+def test_check_of_nothing_is_refused(capsys, tmp_path):
+    assert "empty name" in _refused(capsys, "check", "")
+    assert "not a file" in _refused(capsys, "check", os.devnull)
+    assert "moe-course: " in _refused(capsys, "check", str(tmp_path / ("x" * 400)))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda work: work.write_text("a file"),
+        lambda work: work.symlink_to(work.parent / "nowhere"),
+    ],
+)
+def test_start_says_why_it_cannot_copy(course, capsys, block):
+    block(course / "my_work")
+    assert "cannot write" in _refused(capsys, "start", "01", "--no-open")
+
+
+def test_start_leaves_no_torn_copy(course, capsys, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    assert "No space left" in _refused(capsys, "start", "01", "--no-open")
+    monkeypatch.undo()
+    assert list((course / "my_work").iterdir()) == []
+
+
+def test_count_refuses_absurd_configs(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dict(MIXTRAL) | {"num_hidden_layers": 10**30}))
+    assert "at most 10000" in _refused(capsys, "count", str(path))
+    path.write_text("[" * 100_000)
+    assert "is not JSON" in _refused(capsys, "count", str(path))
+    path.write_text("\ufeff" + json.dumps(dict(MIXTRAL)), encoding="utf-8")
+    assert cli.main(["count", str(path)]) == 0

@@ -81,6 +81,19 @@ def test_unbalanced_markers_are_refused(text):
             "    queries_and_output",
             "unbalanced",
         ),
+        (
+            "# BEGIN SOLUTION\n    weights",
+            "#BEGIN SOLUTION\n    weights",
+            "unbalanced",
+        ),
+        ("# Fill in", "# ### Begin solution\n# Fill in", "marker"),
+        ('# %%\ncheck("01.1"', '# %% tags=["01.1"]\ncheck("01.1"', "two cells"),
+        ("{meta 01.2}", "{meta 1.2}", "needs a text"),
+        (
+            "def matched_hidden(",
+            "# def matched_hidden(\ndef other(",
+            "must define matched_hidden",
+        ),
     ],
 )
 def test_incomplete_masters_are_refused(root, tmp_path, old, new, complaint):
@@ -141,6 +154,16 @@ def test_stray_outputs_are_named(tmp_path):
     assert "no stored output" in complaints[2]
 
 
+def test_a_solution_of_comments_is_none(root, tmp_path):
+    text = (root / "solutions" / "01_concepts.py").read_text(encoding="utf-8")
+    start = text.index("    weights = 3")
+    end = text.index("    # END SOLUTION", start)
+    master = tmp_path / "01_concepts.py"
+    master.write_text(text[:start] + "    # 3 D F\n" + text[end:], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"01\.1 has no solution"):
+        d.derive(master, "")
+
+
 def test_drift_is_reported(root, tmp_path, monkeypatch, capsys):
     for name in ("solutions", "exercises", "book"):
         (tmp_path / name).mkdir()
@@ -153,3 +176,9 @@ def test_drift_is_reported(root, tmp_path, monkeypatch, capsys):
     path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
     assert d.main(["--check"]) == 1
     assert "01_concepts.ipynb has drifted" in capsys.readouterr().err
+    path.rename(path.with_name("02_old.ipynb"))
+    assert d.main([]) == 1
+    assert "02_old.ipynb has no master" in capsys.readouterr().err
+    (tmp_path / "solutions" / "01_concepts.py").write_text("# %%\n", encoding="utf-8")
+    assert d.main(["--check"]) == 2
+    assert "needs a text" in capsys.readouterr().err

@@ -1,8 +1,12 @@
 """The checks are themselves attacked: filed wrong answers fail where they must, right ones pass, cheats are seen."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import pytest
@@ -19,7 +23,7 @@ from moe_course.grading.core import (
 )
 from moe_course.grading.derive import with_solution
 
-SEEDS = range(5)
+SEEDS = range(12)
 
 
 def filed(root, number):
@@ -192,6 +196,51 @@ def test_an_object_that_equals_everything_does_not_pass():
     )
 
 
+@pytest.mark.parametrize(
+    ("answer", "advice"),
+    [
+        (lambda n: float(n), "use // instead of /"),
+        (lambda n: Fraction(n), "as Fraction; return a plain int"),
+        (lambda n: 10**5000, "<int>"),
+        (lambda n: "x" * 10**6, "xxx..."),
+        (lambda n: None if n > 1 else n, "is a `return` missing on some path?"),
+        (lambda wrong: wrong, "unexpected keyword argument"),
+    ],
+)
+def test_what_is_amiss_is_said_instead_of_the_usual_hint(answer, advice):
+    line = grade(one_question(count_to_three), answer).lines[0]
+    assert line.status == core.FAILED
+    assert advice in line.detail
+    assert len(line.detail) < 1000
+
+
+def test_a_named_pair_is_a_pair_and_a_list_is_told_so():
+    class Pair(NamedTuple):
+        total: int
+        active: int
+
+    question = load_exercise("01").question("01.5")
+    solved = worked_names(Path(__file__).parents[1], "01")["moe_params"]
+    assert grade(question, lambda **case: Pair(*solved(**case)), 0).full
+    outcome = grade(question, lambda **case: list(solved(**case)), 0)
+    assert "a list; return a tuple" in outcome.lines[0].detail
+
+
+def test_an_answer_that_breaks_the_comparison_fails_its_question_alone():
+    class Broken:
+        def __repr__(self):
+            raise ValueError("no text")
+
+        def __eq__(self, other):
+            raise ValueError("no equality")
+
+        __hash__ = None
+
+    outcome = grade(one_question(count_to_three), lambda n: Broken())
+    assert outcome.points == 0
+    assert "<Broken>" in outcome.lines[0].detail
+
+
 def test_mutating_an_argument_is_seen():
     def test(answer, rng):
         answer([1, 2])
@@ -201,6 +250,12 @@ def test_mutating_an_argument_is_seen():
         return 1
 
     assert "changed its arguments" in grade(one_question(test), mutates).lines[0].detail
+
+
+def test_the_hint_is_left_out_where_it_does_not_apply():
+    assert grade(one_question(count_to_three), lambda n: 7).lines[0].hint == "hint one"
+    for answer in (float, Fraction, lambda n: 1 / 0, lambda wrong: wrong):
+        assert grade(one_question(count_to_three), answer).lines[0].hint == ""
 
 
 def test_own_failing_line_is_shown():
@@ -237,7 +292,8 @@ def test_no_function_is_no_attempt(answer):
     outcome = grade(one_question(count_to_three), answer)
     assert outcome.points == 0
     assert not outcome.attempted
-    assert "run the cell" in outcome.lines[0].detail
+    advice = "run the cell" if answer is None else "pass the function itself"
+    assert advice in outcome.lines[0].detail
 
 
 def test_same_seed_same_cases():
@@ -296,10 +352,25 @@ def test_check_offers_the_solution_after_two_different_attempts(
     assert "SOLUTION" not in shown
 
 
+def test_attempts_are_told_apart_through_decorators_and_partials():
+    def logged(function):
+        @functools.wraps(function)
+        def inner(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        return inner
+
+    one, two = logged(lambda n: n + 1), logged(lambda n: n * 2)
+    assert notebook._fingerprint(one) != notebook._fingerprint(two)
+    base = lambda n, m: n  # noqa: E731
+    first, again = functools.partial(base, m=1), functools.partial(base, m=1)
+    assert notebook._fingerprint(first) == notebook._fingerprint(again)
+
+
 def test_a_stub_is_no_attempt(capsys, monkeypatch):
     monkeypatch.setattr(notebook, "_attempts", {})
     notebook.check("01.1", lambda width, hidden, bias=False: None)
-    assert "nothing returned yet" in capsys.readouterr().out
+    assert "returned None: fill in the cell" in capsys.readouterr().out
     assert notebook._attempts == {}
 
 

@@ -22,12 +22,21 @@ from typing import Any
 
 CHECKS = Path(__file__).parent / "checks"
 
+LONGEST = 300  # characters of anything a learner's code hands us
+
 PASSED, FAILED, NOT_REACHED = "passed", "failed", "not reached"
 MARKS = {PASSED: "✓", FAILED: "✗", NOT_REACHED: "–"}
 
 
 class Failure(AssertionError):
-    """An invariant does not hold, with the smallest case that shows it."""
+    """An invariant does not hold, with the smallest case that shows it.
+
+    `hint=False` where the text says itself what is amiss, and the usual mistake is not it.
+    """
+
+    def __init__(self, text: str, hint: bool = True) -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 class PackageAnswer(Exception):
@@ -199,12 +208,10 @@ def _own_line(error: BaseException) -> str:
         if not f.filename.startswith((library, here))
         and "site-packages" not in f.filename
     ]
-    where = (
-        f"\n    line {own[-1].lineno} of your cell: {own[-1].line}"
-        if own and own[-1].line
-        else ""
-    )
-    return f"your code raised {type(error).__name__}: {error}{where}"
+    where = ""
+    if own and own[-1].line:
+        where = f"\n    line {own[-1].lineno} of your cell: {own[-1].line}"
+    return f"your code raised {type(error).__name__}: {str(error)[:LONGEST]}{where}"
 
 
 class Answer:
@@ -226,20 +233,63 @@ class Answer:
         except (Exception, SystemExit) as error:
             if used:
                 raise PackageAnswer(", ".join(sorted(used))) from error
-            raise Failure(f"{describe(*args, **kwargs)}: {_own_line(error)}") from error
+            text = f"{describe(*args, **kwargs)}: {_own_line(error)}"
+            raise Failure(text, hint=False) from error
         if used:
             raise PackageAnswer(", ".join(sorted(used)))
         if given != (args, kwargs):
-            raise Failure(
-                f"{describe(*args, **kwargs)}: your code changed its arguments; work on a copy"
-            )
+            changed = "your code changed its arguments; work on a copy"
+            raise Failure(f"{describe(*args, **kwargs)}: {changed}", hint=False)
         self.empty += result is None
         return result
 
 
+def shown(value: object) -> str:
+    """`repr`, but short, and never failing: a learner's object may have a broken one."""
+    try:
+        text = repr(value)
+    except Exception:  # also: an integer of more digits than Python prints
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
+
+
 def describe(*args: Any, **kwargs: Any) -> str:
-    shown = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
-    return ", ".join(shown)
+    return ", ".join(
+        [shown(a) for a in args] + [f"{k}={shown(v)}" for k, v in kwargs.items()]
+    )
+
+
+def same(got: object, want: object) -> bool:
+    """Equal, and of the same plain type: no float, no bool, no object with an equality of its own."""
+    if isinstance(want, tuple):
+        matching = isinstance(got, tuple) and len(got) == len(want)
+        return matching and all(map(same, tuple(got), want))  # type: ignore[arg-type]
+    return type(got) is type(want) and got == want
+
+
+def mismatch(got: object, want: object, what: str) -> Failure:
+    """What was expected and what came; where only the type is amiss, that in place of a hint."""
+    text = f"{what}:\n    expected {shown(want)}, got {shown(got)}"
+    if type(got) is type(want) or (isinstance(want, tuple) and isinstance(got, tuple)):
+        return Failure(text)
+    try:
+        right = bool(got == want)
+    except Exception:
+        right = False
+    if isinstance(want, int) and right and isinstance(got, float):
+        return Failure(
+            f"{text} (a float; counts are exact integers: use // instead of /)",
+            hint=False,
+        )
+    if isinstance(want, int) and right:
+        return Failure(
+            f"{text} (as {type(got).__name__}; return a plain int)", hint=False
+        )
+    if isinstance(want, tuple) and isinstance(got, list):
+        return Failure(f"{text} (a list; return a tuple)", hint=False)
+    if got is None:
+        return Failure(f"{text} (is a `return` missing on some path?)", hint=False)
+    return Failure(text)
 
 
 def expect_count(
@@ -250,37 +300,23 @@ def expect_count(
     A case is a dict of keyword arguments. Integers only: a count of parameters that went through a float is
     wrong from 2^53 on. A tuple of integers is compared element by element.
     """
-
-    def size(case: dict[str, Any]) -> int:
-        return sum(v for v in case.values() if isinstance(v, int))
-
-    for case in sorted(cases, key=size):
+    for case in sorted(cases, key=case_size):
         want, got = oracle(**case), answer(**case)
-        exact = type(got) is type(want) and got == want
-        if exact and isinstance(want, tuple):
-            exact = all(type(g) is type(w) for g, w in zip(got, want, strict=True))
-        if not exact:
-            note = ""
-            if isinstance(got, float) and got == want:
-                note = " (a float; counts are exact integers: use // instead of /)"
-            raise Failure(
-                f"{describe(**case)}:\n    expected {want!r}, got {got!r}{note}"
-            )
+        if not same(got, want):
+            raise mismatch(got, want, describe(**case))
+
+
+def case_size(case: dict[str, Any]) -> int:
+    return sum(value for value in case.values() if isinstance(value, int))
 
 
 def grade(question: Question, function: Any, seed: int | None = None) -> Outcome:
     """Run a question's invariants on an answer. The same seed draws the same cases."""
     if not callable(function):
-        missing = (
-            "is missing"
-            if function is None
-            else f"is no function but {type(function).__name__}"
-        )
-        return _outcome(
-            question,
-            f"{question.answer} {missing}: run the cell that defines it",
-            attempted=False,
-        )
+        missing = "is missing: run the cell that defines it"
+        if function is not None:
+            missing = f"is no function but {type(function).__name__}: pass the function itself"
+        return ungraded(question, f"{question.answer} {missing}", attempted=False)
     answer = Answer(function, question.allowed)
     rng = random.Random(seed)
     lines: list[Line] = []
@@ -288,26 +324,21 @@ def grade(question: Question, function: Any, seed: int | None = None) -> Outcome
         try:
             invariant.test(answer, rng)
         except PackageAnswer as used:
-            return _outcome(
+            return ungraded(
                 question,
                 f"your answer calls the package ({used}): write it out yourself",
             )
         except Failure as failure:
             if answer.empty and answer.empty == answer.calls:
-                return _outcome(
-                    question,
-                    "nothing returned yet: fill in the cell above",
-                    attempted=False,
-                )
+                text = "returned None: fill in the cell above, or is a `return` missing on some path?"
+                return ungraded(question, text, attempted=False)
+            hint = invariant.hint if failure.hint else ""
             lines.append(
-                Line(
-                    invariant.name,
-                    FAILED,
-                    invariant.points,
-                    str(failure),
-                    invariant.hint,
-                )
+                Line(invariant.name, FAILED, invariant.points, str(failure), hint)
             )
+        except Exception as error:  # an answer that breaks the comparison itself fails its question alone
+            text = f"what your code returned cannot be compared: {type(error).__name__}: {str(error)[:LONGEST]}"
+            lines.append(Line(invariant.name, FAILED, invariant.points, text))
         else:
             lines.append(Line(invariant.name, PASSED, invariant.points))
         if number == 0 and lines[0].status == FAILED:
@@ -318,7 +349,7 @@ def grade(question: Question, function: Any, seed: int | None = None) -> Outcome
     return Outcome(question.id, question.answer, question.points, tuple(lines))
 
 
-def _outcome(question: Question, detail: str, attempted: bool = True) -> Outcome:
+def ungraded(question: Question, detail: str, attempted: bool = True) -> Outcome:
     first, *rest = question.invariants
     lines = [Line(first.name, FAILED, first.points, detail)]
     lines += [Line(i.name, NOT_REACHED, i.points) for i in rest]

@@ -7,6 +7,7 @@ hidden first cell, which makes it run where the course is not installed, as in C
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 from moe_course.grading.core import Exercise, load_exercise
 
+LEAK = re.compile(
+    r"(?im)^\s*#+\s*(begin|end)\s+solution"
+)  # however a marker is mistyped
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 GOLDEN = "nbval-check-output"  # tag of the cells whose stored outputs are compared
 
@@ -41,8 +45,8 @@ def read_address(root: Path) -> str:
     """`repository.url` of _config.yml."""
     import yaml
 
-    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
-    return str(config.get("repository", {}).get("url") or "")
+    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8")) or {}
+    return str((config.get("repository") or {}).get("url") or "")
 
 
 def without_solution(source: str) -> str:
@@ -82,7 +86,22 @@ def fill(text: str, exercise: Exercise) -> str:
     text = text.replace(
         "{minutes}", f'<span data-minutes="{minutes}">{minutes} minutes</span>'
     )
-    return text.replace("{points}", str(exercise.points))
+    text = re.sub(r"(?<![\w\\])\{points\}", str(exercise.points), text)
+    if "{meta" in text:
+        raise ValueError(
+            f"{exercise.stem}: a {{meta}} that names no question of the form {{meta 01.1}}"
+        )
+    return text
+
+
+def syntax(source: str, question_id: str) -> str:
+    """A cell's syntax tree as text, without comments. Raises ValueError where it does not compile."""
+    try:
+        return ast.dump(ast.parse(source))
+    except SyntaxError as error:
+        raise ValueError(
+            f"the cell of {question_id} does not compile: {error}"
+        ) from error
 
 
 def derive(master: Path, address: str) -> tuple[str, str]:
@@ -96,27 +115,35 @@ def derive(master: Path, address: str) -> tuple[str, str]:
 
     number = master.name[:2]
     exercise = load_exercise(number)
-    source = jupytext.read(master, fmt="py:percent")
+    source = jupytext.reads(master.read_text(encoding="utf-8-sig"), fmt="py:percent")
     text = "\n".join(
         cell.source for cell in source.cells if cell.cell_type == "markdown"
     )
-    tagged = {
-        tag: cell for cell in source.cells for tag in cell.metadata.get("tags", ())
-    }
+    tagged: dict[str, Any] = {}
+    for cell in source.cells:
+        for tag in cell.metadata.get("tags", ()):
+            if tag in tagged or cell.cell_type != "code":
+                raise ValueError(
+                    f"{master.name}: the tag {tag} stands on two cells, or on text"
+                )
+            tagged[tag] = cell
     for question in exercise.questions:
         if f"{{meta {question.id}}}" not in text or question.id not in tagged:
             raise ValueError(
                 f"{master.name}: question {question.id} needs a text with {{meta}} and a tagged cell"
             )
         stub, worked = (
-            without_solution(tagged[question.id].source),
-            with_solution(tagged[question.id].source),
+            change(tagged[question.id].source)
+            for change in (without_solution, with_solution)
         )
-        if len(worked.splitlines()) <= len(stub.splitlines()):
+        if syntax(stub, question.id) == syntax(worked, question.id):
             raise ValueError(
                 f"{master.name}: question {question.id} has no solution between its markers"
             )
-        if f"def {question.answer}(" not in stub:
+        if not any(
+            isinstance(n, ast.FunctionDef) and n.name == question.answer
+            for n in ast.parse(stub).body
+        ):
             raise ValueError(
                 f"{master.name}: the cell of {question.id} must define {question.answer}"
             )
@@ -128,6 +155,10 @@ def derive(master: Path, address: str) -> tuple[str, str]:
             )
         ]
         for cell in source.cells:
+            if kind == "exercise" and LEAK.search(change(cell.source)):
+                raise ValueError(
+                    f"{master.name}: a marker that is none: {LEAK.search(cell.source)}"
+                )
             if cell.cell_type == "markdown":
                 cells.append(nbformat.v4.new_markdown_cell(fill(cell.source, exercise)))
             else:
@@ -160,6 +191,7 @@ def with_setup(path: Path, address: str) -> str:
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
+    notebook.nbformat_minor = max(notebook.nbformat_minor, 5)  # cells have ids
     wanted = nbformat.v4.new_code_cell(
         setup_cell(address), id="setup", metadata={"tags": ["remove-cell"]}
     )
@@ -226,8 +258,18 @@ def main(argv: list[str]) -> int:
     if not (root / "_config.yml").exists():
         print("run this in the root of the repository", file=sys.stderr)
         return 2
-    complaints = []
-    for path, text in all_files(root).items():
+    try:
+        files = all_files(root)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    complaints = [
+        f"{path.relative_to(root)} has no master solutions/{path.stem}.py: delete it"
+        for folder in ("exercises", "solutions")
+        for path in sorted((root / folder).glob("*.ipynb"))
+        if path not in files
+    ]
+    for path, text in files.items():
         same = path.exists() and path.read_text(encoding="utf-8") == text
         if "--check" in argv:
             if not same:

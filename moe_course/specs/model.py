@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+MOST_LAYERS = 10_000  # beyond this a configuration is broken, not large
+
 
 class Count(NamedTuple):
     """Parameters of a component: all that are stored, those that one token meets."""
@@ -210,6 +212,10 @@ class ModelSpec:
         _require_sizes(self, "layers", "width", "vocab", "moe_every")
         _require_sizes(self, "first_dense", "norms_per_layer", least=0)
         _require_flags(self, "tied_embeddings")
+        if self.layers > MOST_LAYERS:
+            raise ValueError(
+                f"ModelSpec.layers must be at most {MOST_LAYERS}, got {self.layers}"
+            )
         if not isinstance(self.attention, GQA | MLA):
             raise ValueError(
                 f"ModelSpec.attention must be GQA(...) or MLA(...), got {self.attention!r}"

@@ -27,6 +27,13 @@ def matched_float(width, dense_hidden, multiple):
     )  # one too many where it divides
 
 
+def matched_llama(width, dense_hidden, multiple):
+    hidden = int(
+        2 * dense_hidden / 3
+    )  # as in LLaMA's code: it may come out one multiple short
+    return multiple * ((hidden + multiple - 1) // multiple)
+
+
 def matched_search(width, dense_hidden, multiple):
     hidden = multiple
     while 3 * hidden < 2 * dense_hidden:
@@ -94,6 +101,10 @@ def moe(
     return total, active
 
 
+def moe_at_least_one_sparse(**case):
+    return moe(**case | {"first_dense": min(case["first_dense"], case["layers"] - 1)})
+
+
 def moe_package(
     width, layers, vocab, heads, kv_heads, head_dim, first_dense, dense_hidden, expert_hidden, experts, k, shared
 ):  # fmt: skip
@@ -148,6 +159,12 @@ WRONG = {
         ("rounds down", lambda width, dense_hidden, multiple: 2 * dense_hidden // 3 // multiple * multiple, SMALLEST),
         ("no rounding", lambda width, dense_hidden, multiple: -(-2 * dense_hidden // 3), SMALLEST),
         ("as wide as before", lambda width, dense_hidden, multiple: -(-dense_hidden // multiple) * multiple, SMALLEST),
+        ("LLaMA's own code", matched_llama, SMALLEST),
+        (
+            "two thirds as a float, then rounded up",
+            lambda width, dense_hidden, multiple: ceil(dense_hidden * (2 / (3 * multiple))) * multiple,
+            "adds nothing where the budget is met exactly",
+        ),
         ("one too many where it divides", matched_float, "adds nothing where the budget is met exactly"),
         (PACKAGE, matched_package, SMALLEST),
     ],
@@ -185,6 +202,8 @@ WRONG = {
         ("only the total", lambda **case: moe(**case)[0], STORED),
         ("every layer sparse", lambda **case: moe(**case, ignore_dense=True), DENSE_FIRST),
         ("router rows of selected experts only", lambda **case: moe(**case, active_router=True), ONE_TOKEN),
+        ("at least one sparse layer", moe_at_least_one_sparse, DENSE_FIRST),
+        ("the total twice", lambda **case: (moe(**case)[0],) * 2, ONE_TOKEN),
         ("shared experts not active", lambda **case: moe(**case, shared_scaled=True), ONE_TOKEN),
         (
             "active = total k / experts",
@@ -197,6 +216,11 @@ WRONG = {
         (
             "total k / experts",
             lambda total, active, experts, k, new_k: total * new_k // experts,
+            SMALLER_K,
+        ),
+        (
+            "a share of the difference, cut off",
+            lambda total, active, experts, k, new_k: int(active + (new_k - k) / (experts - k) * (total - active)),
             SMALLER_K,
         ),
         ("scaled active", lambda total, active, experts, k, new_k: active * new_k // k, SMALLER_K),
