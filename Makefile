@@ -50,7 +50,7 @@ golden: .venv/.installed ## run the chapters again and store their golden output
 	$(PY) book/golden.py
 
 pins: .venv/.installed ## do the pins resolve without this machine's pip configuration? (a dry run)
-	PIP_CONFIG_FILE=/dev/null $(PY) -m pip install --dry-run --ignore-installed --quiet -c constraints.txt ".[dev]"
+	$(PY) -m pip --isolated $(PIP_ARGS) install --dry-run --ignore-installed --quiet -c constraints.txt ".[dev]"
 
 clean: ## remove the built pages and the environment, never my_work/
 	rm -rf _build .venv
