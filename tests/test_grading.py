@@ -82,15 +82,19 @@ def test_right_answers_pass(root, number):
                 assert outcome.full, f"{question_id}: {outcome.text()}"
 
 
-def worked_names(root, number):
-    """Run a worked notebook's definitions in this process."""
+def names_of(path):
+    """Run a notebook's imports and definitions in this process."""
     names = {}
-    for cell in nbformat.read(
-        root / "solutions" / f"{load_exercise(number).stem}.ipynb", as_version=4
-    ).cells:
-        if cell.cell_type == "code" and "def " in cell.source:
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and (
+            "def " in cell.source or "import" in cell.source
+        ):
             exec(cell.source, names)
     return names
+
+
+def worked_names(root, number):
+    return names_of(root / "solutions" / f"{load_exercise(number).stem}.ipynb")
 
 
 @pytest.mark.parametrize("number", exercise_numbers())
@@ -100,21 +104,17 @@ def test_solution_scores_full_and_stub_nothing(root, number):
         sum(o.points for o in notebook.grade_all(number, worked_names(root, number), 0))
         == exercise.points
     )
-    stubs = {}
-    for cell in nbformat.read(
-        root / "exercises" / f"{exercise.stem}.ipynb", as_version=4
-    ).cells:
-        if cell.cell_type == "code" and "def " in cell.source:
-            exec(cell.source, stubs)
+    stubs = names_of(root / "exercises" / f"{exercise.stem}.ipynb")
     outcomes = notebook.grade_all(number, stubs, 0)
     assert [o.points for o in outcomes] == [0] * len(outcomes)
     assert not any(o.attempted for o in outcomes)
 
 
-def test_exercise_01_is_as_announced():
-    exercise = load_exercise("01")
-    assert exercise.points == 20
-    assert 5 <= len(exercise.questions) <= 7
+@pytest.mark.parametrize(("number", "points", "most"), [("01", 20, 7), ("02", 25, 8)])
+def test_exercises_are_as_announced(number, points, most):
+    exercise = load_exercise(number)
+    assert exercise.points == points
+    assert 5 <= len(exercise.questions) <= most
 
 
 @pytest.mark.parametrize("stem", ["01_concepts"])

@@ -1,0 +1,97 @@
+"""Expectations on answers that return tensors: values, types, gradients, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moe_course.grading.core import Answer, Failure, describe, shown
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}  # relative to the largest entry
+
+
+def expect_tensor(
+    answer: Answer,
+    cases: Iterable[dict[str, Any]],
+    oracle: Callable[..., Any],
+    name: str = "",
+) -> None:
+    """The answer equals the oracle in shape, type and values on every case, given in order of size.
+
+    A tuple of tensors is compared entry by entry.
+    """
+    for case in cases:
+        compare(answer(**case), oracle(**case), f"{describe(**case)}{name}")
+
+
+def compare(got: Any, want: Any, what: str) -> None:
+    if isinstance(want, tuple):
+        if not isinstance(got, tuple | list) or len(got) != len(want):
+            raise Failure(
+                f"{what}:\n    expected {len(want)} tensors, got {shown(got)}",
+                hint=False,
+            )
+        for place, (g, w) in enumerate(zip(got, want, strict=True)):
+            compare(g, w, f"{what}, result {place}")
+        return
+    if got is None:
+        raise Failure(
+            f"{what}:\n    returned None (is a `return` missing on some path?)",
+            hint=False,
+        )
+    if type(got) is not Tensor:  # a subclass may define its own equality
+        raise Failure(f"{what}:\n    expected a tensor, got {shown(got)}", hint=False)
+    if got.shape != want.shape:
+        raise Failure(
+            f"{what}:\n    expected shape {list(want.shape)}, got {list(got.shape)}"
+        )
+    if got.dtype != want.dtype:
+        raise Failure(
+            f"{what}:\n    expected {want.dtype}, got {got.dtype}", hint=False
+        )
+    if not close(got.detach(), want):
+        raise Failure(
+            f"{what}:\n    expected {shown(want)},\n    got      {shown(got)}"
+        )
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    if not want.is_floating_point():
+        return bool((got == want).all())
+    scale = float(want.abs().max()) if want.numel() else 0.0
+    tolerance = TOLERANCE[want.dtype] * max(scale, 1e-3)
+    return bool(
+        ((got - want).abs() <= tolerance).all()
+    )  # false where either holds a NaN
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most entries of any tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [
+            leaf.untyped_storage().nbytes() // leaf.element_size()
+            for leaf in tree_leaves(made)
+            if isinstance(leaf, Tensor)
+        ]
+        self.entries = max([self.entries, *sizes])
+        return made
+
+
+def largest_tensor(function: Callable[..., Any], **case: Any) -> int:
+    """Entries of the largest tensor that a call makes, its storage counted, views not twice."""
+    with _Largest() as largest:
+        function(**case)
+    return largest.entries
