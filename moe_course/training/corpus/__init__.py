@@ -1,0 +1,1 @@
+"""The shipped text, packed; README.md names its sources and licences."""
