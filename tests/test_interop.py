@@ -42,7 +42,8 @@ def test_same_experts_outputs_and_gradients(name, dispatch):
         assert found.gradient_error <= 1e-5, f"seed {seed}: {found}"
 
 
-# gpt-oss rounds each product to bfloat16 before it adds the bias; a test below shows which is nearer to the truth.
+# gpt-oss rounds each product to bfloat16 before it adds the bias; the test after this shows which is nearer to the
+# truth. The largest single difference is held to two units in the last place of the largest value, 2/128.
 BF16 = dict.fromkeys(BLOCKS, 1e-2) | {"GptOssMLP": 1.5e-2}
 
 
@@ -52,7 +53,8 @@ def test_bfloat16_with_the_same_routing(name, dispatch):
     for seed in SEEDS:
         found = compare(random_block(name, seed), seed, dispatch, torch.bfloat16)
         assert found.same_experts, f"seed {seed}"
-        assert found.output_error <= BF16[name], f"seed {seed}: {found}"
+        assert found.output_rms_error <= BF16[name], f"seed {seed}: {found}"
+        assert found.output_error <= 2 / 128, f"seed {seed}: {found}"
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -569,8 +571,9 @@ def test_the_table_is_computed(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| block | configs | same_experts | output_error")
     assert len(lines) == 2 + len(BLOCKS)
-    worse = parity.Parity(False, 0.5, 0.25, "x")
+    worse = parity.Parity(False, 0.5, 0.125, 0.25, "x")
     monkeypatch.setattr(parity, "compare", lambda *args, **kwargs: worse)
     row = parity_table(configs=1)[0]
     assert not row["same_experts"]
     assert (row["output_error"], row["gradient_error"]) == (0.5, 0.25)
+    assert row["output_rms_error_bf16"] == 0.125

@@ -310,11 +310,10 @@ def test_correction_moves_the_choice_but_not_the_weights(seed, experts, data):
     k = data.draw(st.integers(1, experts - 1))
     logits = randn(5, experts, seed=seed)
     plain = sigmoid_top_k(logits, k)
-    loser = int(plain.expert_ids.new_tensor(range(experts))[-1])
     push = torch.zeros(experts, dtype=torch.float64)
-    push[loser] = 10.0
+    push[-1] = 10.0
     pushed = sigmoid_top_k(logits, k, correction=push)
-    assert (pushed.expert_ids[:, 0] == loser).all()
+    assert (pushed.expert_ids[:, 0] == experts - 1).all()
     # The same for all experts moves nothing: not the choice, and not the weights either.
     for shift in (3.0, -0.5):
         same = sigmoid_top_k(logits, k, correction=torch.full_like(push, shift))
@@ -742,6 +741,17 @@ def test_soft_moe_keeps_shape_dtype_and_count():
     for experts, slots in (([], 1), ([SwiGLU(4, 8)], 0)):
         with pytest.raises(ValueError, match=f"got {len(experts)} experts and {slots}"):
             SoftMoE(4, experts, slots)
+
+
+def test_soft_moe_computes_its_logits_in_float32():
+    torch.manual_seed(0)
+    layer = SoftMoE(64, [SwiGLU(64, 4) for _ in range(3)], 2)
+    x = torch.randn(10, 64, dtype=torch.bfloat16)
+    logits = layer._logits(x)
+    assert logits.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer._logits(x), logits)
+    torch.testing.assert_close(logits.double(), layer.double()._logits(x.double()))
 
 
 # --- Extremes ----------------------------------------------------------------

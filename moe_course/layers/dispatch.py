@@ -33,7 +33,7 @@ def expert_capacity(
     """C = ceil(capacity factor · T·K/E), the most slots that an expert takes (arXiv:2101.03961, section 2.2)."""
     if capacity_factor <= 0:
         raise ValueError(f"capacity_factor must be positive, got {capacity_factor}")
-    # Less a billionth: 1.1 · 10 is a little more than 11 in floating point.
+    # Less a billionth: 1.1 · 50 is a little more than 55 in floating point.
     return math.ceil(capacity_factor * tokens * k / num_experts - 1e-9)
 
 

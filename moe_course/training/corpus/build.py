@@ -169,7 +169,7 @@ def split_documents(
 ) -> Iterator[tuple[str, Document]]:
     """(split, document): first those held out, then those to train on, without what repeats documents in `seen`.
 
-    Of a document to train on at least half must be left.
+    A document that repeats half of itself or more is left out.
     """
     held_out = trained = 0
     later = []
@@ -178,8 +178,9 @@ def split_documents(
             later.append(document)
             continue
         left = without_repeats(document.text, seen)
-        held_out += len(left)
-        yield "held_out", Document(document.name, left)
+        if 2 * len(left) > len(document.text):
+            held_out += len(left)
+            yield "held_out", Document(document.name, left)
     for document in later:
         if trained >= train_bytes:
             return
