@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import runpy
 import sys
@@ -10,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_course.layers import Experts, Routing, Slots
@@ -116,6 +117,7 @@ def cases(draw):
 # --- The same sum every way --------------------------------------------------
 
 
+@settings(max_examples=50)
 @given(cases())
 def test_every_way_gives_the_sum_and_its_gradients(case):
     x, routing, experts = case
@@ -201,6 +203,28 @@ def test_sums_are_taken_in_the_type_of_the_gate_weights():
     y = combine(out, slots, torch.zeros(3, 1, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert y.flatten().tolist() == [264.0, 0.5, 0.0]
+
+
+def test_a_sum_has_the_same_bits_wherever_its_token_stands():
+    torch.manual_seed(0)
+    slots = slots_from_routing(
+        _routing(torch.randint(0, 8, (32, 8)), 8, torch.float32), 8
+    )
+    out = torch.randn(len(slots.token), 5)
+    y = combine(out, slots, torch.zeros(32, 5))
+    order = torch.randperm(32)
+    moved = Slots(order[slots.token], slots.expert, slots.weight)
+    again = combine(out, moved, torch.zeros(32, 5))
+    assert torch.equal(again[order], y)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_expert_ids_may_be_int32(way):
+    experts, x = _experts(3, 4, 4), torch.randn(5, 4, dtype=torch.float64)
+    routing = _routing(torch.randint(0, 3, (5, 2)), 3)
+    small = dataclasses.replace(routing, expert_ids=routing.expert_ids.int())
+    want = way(x, slots_from_routing(routing, 3), experts)
+    torch.testing.assert_close(way(x, slots_from_routing(small, 3), experts), want)
 
 
 def test_a_gradient_that_is_one_number_throughout_reaches_the_weights():
@@ -314,6 +338,7 @@ def test_the_hook_for_the_kernel_says_what_is_missing(monkeypatch):
         triton(torch.randn(2, 4).double(), slots, _experts(1, 4, 4))
 
 
+@settings(max_examples=50)
 @given(cases())
 def test_the_kernel_gets_what_its_contract_says(case):
     x, routing, experts = case
@@ -430,6 +455,7 @@ def test_a_dropped_token_contributes_exactly_nothing(way, drop):
         assert bool(y[t].any()) == bool(x.grad[t].any()) == (t in kept)
 
 
+@settings(max_examples=50)
 @given(cases(), st.integers(0, 4))
 def test_einsum_drops_by_position(case, capacity):
     x, routing, experts = case
@@ -440,6 +466,7 @@ def test_einsum_drops_by_position(case, capacity):
     )
 
 
+@settings(max_examples=50)
 @given(cases())
 def test_a_table_of_slots_holds_them_all(case):
     _, routing, experts = case

@@ -158,7 +158,18 @@ ODD_VALUES = [0.0, -0.0, 1.0, -1.0, INF, -INF, 1.5, -1.5, 1e-40, -1e-40, 6e4, 0.
 def test_selection_is_by_score_then_by_id(values, dtype, data):
     scores = torch.tensor([values], dtype=dtype)
     k = data.draw(st.integers(1, len(values)))
-    assert select(scores, k)[0].tolist() == best_first(scores[0].tolist(), k)
+    ids = select(scores, k)
+    assert ids[0].tolist() == best_first(scores[0].tolist(), k)
+    assert ids.is_contiguous()  # kernels read it with a stride of 1
+
+
+def test_only_the_rows_with_ties_are_sorted_and_all_come_out_right():
+    scores = randn(200, 20, dtype=torch.float32)
+    scores[::3] = scores[::3].round()
+    scores[1::3, 7] = scores[1::3].sort(dim=1).values[:, -3]  # for the last place
+    for k in (1, 2, 3, 4, 20):
+        expected = [best_first(row, k) for row in scores.tolist()]
+        assert select(scores, k).tolist() == expected
 
 
 @given(SEEDS, st.integers(1, 300), st.booleans())
@@ -489,7 +500,7 @@ def test_the_plan_of_sinkhorn_has_even_margins_and_is_a_scaling(
     seed, tokens, experts, size
 ):
     logits = size * randn(tokens, experts, seed=seed)
-    log_plan = sinkhorn_log_plan(logits, tolerance=1e-9, max_iterations=100_000)
+    log_plan = sinkhorn_log_plan(logits, tolerance=1e-9, max_iterations=3000)
     plan = log_plan.exp()
     torch.testing.assert_close(
         plan.sum(1), torch.full((tokens,), 1 / tokens).double(), rtol=1e-6, atol=0
@@ -508,6 +519,19 @@ def test_sinkhorn_survives_logits_whose_exponential_overflows():
     logits = 300 * randn(16, 4, dtype=torch.float32)
     assert sinkhorn_log_plan(logits).isfinite().all()
     assert sinkhorn_top_k(logits, 2).weights.isfinite().all()
+
+
+def test_sinkhorn_leaves_a_forbidden_expert_and_a_forbidden_token_out():
+    logits = randn(12, 4)
+    logits[:, 1] = logits[5] = -INF
+    plan = sinkhorn_log_plan(logits, max_iterations=50).exp()
+    assert plan.isfinite().all()
+    assert (plan[:, 1] == 0).all()
+    assert (plan[5] == 0).all()
+    alone = logits[[0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]][:, [0, 2, 3]]
+    expected = torch.tensor([0, 2, 3])[sinkhorn_top_k(alone, 2).expert_ids]
+    chosen = sinkhorn_top_k(logits, 2).expert_ids
+    assert torch.equal(torch.cat([chosen[:5], chosen[6:]]), expected)
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -518,7 +518,14 @@ def test_bits_per_byte_of_models_that_know_nothing_and_all():
     mixed = torch.cat([torch.zeros(1000).byte(), text[:1001]])
     several = loop.bits_per_byte(Successor(), mixed, 10, 20)
     assert several == pytest.approx(0.5 * 100 / math.log(2))
-    model = Uniform().train()
+
+    class Shy(Uniform):  # dropout and router noise are for training alone
+        def forward(self, ids):
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            return super().forward(ids)
+
+    model = Shy().train()
     loop.bits_per_byte(model, text, 16, 9)
     assert model.training
     with pytest.raises(ValueError, match="hold no window"):
@@ -764,7 +771,18 @@ MICRO = experiments._setup(
 def test_an_experiment_gives_a_record_and_goes_on_where_it_stopped(
     tmp_path, monkeypatch
 ):
+    texts, train = [], loop.train
+
+    def spy(model, batches, *rest, **options):
+        texts.append(batches.text)
+        return train(model, batches, *rest, **options)
+
+    monkeypatch.setattr(loop, "train", spy)
     rows = experiments.compute_equivalence(MICRO, tmp_path / "a")
+    assert [len(text) for text in texts] == 4 * [MICRO.unique_bytes]
+    one, many = (data.load(d, "train", 2000) for d in experiments.DATA.values())
+    for text, expected in zip(texts, (one, one, many, many), strict=True):
+        assert torch.equal(text, expected)
     record = records.measure("compute_equivalence", "pytest", rows)
     records.save(record, tmp_path / "record.json")
     assert records.load(tmp_path / "record.json").rows == rows

@@ -5,7 +5,8 @@ All take the same arguments and give the same sum, in value and in gradient:
     y_t = sum over the slots s of token t:  weight_s · expert_s(x_t)          (0 for a token without a slot)
 
 The weight multiplies the expert's output. The sum is taken in the wider dtype of the two (float32 weights and bfloat16
-outputs: float32), in the order of the slots, and returned in that of x: the same bits on every run.
+outputs: float32), in the order of the slots, and returned in that of x: the same bits on every run. `dense` and
+`einsum` multiply by zeros, so a token that is not finite spoils others; `loop`, `grouped` and `triton` keep it apart.
 """
 
 from __future__ import annotations

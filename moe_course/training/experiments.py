@@ -375,7 +375,7 @@ def _watch(
         spent = sum(price[name] * step for name, step in done.items())
         worked = spent - sum(price[name] * step for name, step in first.items())
         elapsed = time.monotonic() - begin
-        left = (total - spent) * elapsed / worked if worked else 0.0
+        left = (total - spent) * elapsed / worked if worked else None
         finished = len(futures) - len(waiting)
         _bar(spent / total if total else 1.0, finished, len(futures), elapsed, left)
         shown = time.monotonic()
@@ -384,11 +384,14 @@ def _watch(
     print(file=sys.stderr)
 
 
-def _bar(share: float, finished: int, arms: int, elapsed: float, left: float) -> None:
+def _bar(
+    share: float, finished: int, arms: int, elapsed: float, left: float | None
+) -> None:
     filled = int(30 * min(1.0, share))
     line = (
         f"[{'#' * filled}{'.' * (30 - filled)}] {100 * share:3.0f} %  "
-        f"{finished}/{arms} arms  {_duration(elapsed)} gone  {_duration(left)} left"
+        f"{finished}/{arms} arms  {_duration(elapsed)} gone"
+        + (f"  {_duration(left)} left" if left is not None else "")
     )
     print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
 
