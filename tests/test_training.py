@@ -31,6 +31,7 @@ from moe_course.layers import Routing, Transformer
 from moe_course.specs import FFN, GQA, MLA, ModelSpec, RoutedExperts
 from moe_course.training import data, experiments, loop
 from moe_course.training.corpus import build
+from moe_course.training.experiments import Arm
 
 # --- Text ------------------------------------------------------------------------
 
@@ -735,10 +736,12 @@ def test_too_few_batches_and_a_loss_that_is_not_finite_are_refused():
 
 @pytest.mark.parametrize("setup", [experiments.FULL, experiments.QUICK])
 def test_all_arms_meet_equally_many_flops_and_bytes(setup):
-    dense = loop.flops_per_token(setup.spec(1), setup.context)
-    for experts in setup.experts:
-        spec = setup.spec(experts)
-        router = setup.layers * setup.width * experts if experts > 1 else 0
+    dense = loop.flops_per_token(setup.spec(Arm(1, "one", 0)), setup.context)
+    for arm in setup.arms():
+        if arm.widening > 1:
+            continue
+        spec = setup.spec(arm)
+        router = setup.layers * setup.width * arm.experts if arm.experts > 1 else 0
         sparse = loop.flops_per_token(spec, setup.context)
         assert sparse - dense == 6 * router
         assert sparse / dense < 1.03
@@ -758,12 +761,52 @@ def test_the_full_experiment_is_the_one_that_was_asked_for():
     assert len(full.seeds) >= 3
     assert full.passes <= 2
     with pytest.raises(ValueError, match=r"k \(5\) must divide hidden \(384\)"):
-        replace(full, k=5).spec(4)
+        full.spec(Arm(8, "one", 0, k=5))
+
+
+def test_the_other_arms_vary_one_thing_each():
+    full = experiments.FULL
+    base = full.spec(Arm(8, "many", 0))
+    for k in (1, 4):  # the same weights, cut otherwise
+        spec = full.spec(Arm(4 * k, "many", 0, k))
+        assert spec.moe.experts * spec.moe.expert.hidden == 8 * base.moe.expert.hidden
+        assert spec.moe.k * spec.moe.expert.hidden == full.hidden
+    assert full.spec(Arm(1, "many", 0, widening=4)).ffn.hidden == 4 * full.hidden
+    assert {arm.data for arm in full.others} == {"many"}
+    wide = {(arm.widening, arm.seed) for arm in full.others if arm.widening > 1}
+    assert wide == {(x, seed) for x in (2, 4) for seed in full.seeds}
+    rates = {(arm.experts, arm.lr) for arm in full.others if arm.lr != 1}
+    assert rates == {(experts, x) for experts in (1, 8) for x in (0.5, 2)}
+    arms = full.arms()
+    assert [arm.seed for arm in arms] == sorted(arm.seed for arm in arms)
+    assert set(full.others) < set(arms)
+    assert len(arms) == 4 * 2 * len(full.seeds) + len(full.others)
+
+
+def test_a_single_expert_is_weighted_by_its_probability_and_several_sum_to_1():
+    x = torch.randint(256, (2, 16))
+    for k in (1, 2):
+        _, routings = MICRO.transformer(Arm(4, "many", 0, k))(x)
+        assert torch.allclose(
+            routings[0].weights.sum(-1),
+            routings[0].probs.max(-1).values if k == 1 else torch.ones(32),
+        )
+
+
+def test_the_learning_rate_of_an_arm_is_the_recipes_times_its_own(
+    tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        loop, "train", lambda model, batches, recipe, **_: seen.append(recipe) or []
+    )
+    experiments.run_arm(Arm(1, "one", 0, lr=2), MICRO, tmp_path)
+    assert seen == [replace(MICRO.recipe, peak_lr=2 * MICRO.recipe.peak_lr)]
 
 
 MICRO = experiments._setup(
     experts=(1, 4), data=("one", "many"), seeds=(0,), width=16, layers=1, heads=2,
-    hidden=24, k=2, context=16, batch_size=4, unique_bytes=2000,
+    hidden=24, context=16, batch_size=4, unique_bytes=2000,
     recipe=replace(RECIPE, warmup=2),
 )  # fmt: skip
 
@@ -797,7 +840,7 @@ def test_an_experiment_gives_a_record_and_goes_on_where_it_stopped(
         domains = experiments.DATA[row["data"]]
         mean = sum(row[f"{name}_bits"] for name in domains) / len(domains)
         assert row["held_out_bits"] == pytest.approx(mean, abs=1e-4)
-        spec = MICRO.spec(row["experts"])
+        spec = MICRO.spec(Arm(row["experts"], row["data"], row["seed"]))
         assert row["total_params"] == spec.total_params()
         assert row["state_bytes"] == 16 * spec.total_params()
 
@@ -818,6 +861,11 @@ def test_an_experiment_gives_a_record_and_goes_on_where_it_stopped(
     assert experiments.compute_equivalence(MICRO, tmp_path / "a") == rows
     with pytest.raises(ValueError, match="of another setup: choose another folder"):
         experiments.run_arm(arm, replace(MICRO, hidden=48), tmp_path / "a")
+    # An experiment that grows keeps what it has.
+    more = replace(MICRO, seeds=(0, 1), others=(Arm(8, "many", 0, k=4),))
+    assert experiments.run_arm(arm, more, tmp_path / "a") == json.loads(
+        (tmp_path / "a" / f"{arm.name}.json").read_text()
+    )
 
 
 def test_the_command_runs_arms_in_processes_and_writes_the_record(
@@ -836,6 +884,7 @@ def test_the_command_runs_arms_in_processes_and_writes_the_record(
     assert record.command.endswith("experiments compute-equivalence --quick")
     assert len(record.rows) == RECIPE.rows + 1
     assert record.rows[-1]["peak_memory_bytes"] > 0
+    assert {row["step_ms"] > 0 for row in record.rows} == {True}
     monkeypatch.setattr(
         experiments, "QUICK", replace(MICRO, experts=(4,), data=("one",), hidden=48)
     )
@@ -851,12 +900,13 @@ def test_progress_ends_with_the_arms_and_raises_what_an_arm_raised(capsys):
     futures = [Future() for _ in arms]
     for future in futures:
         future.set_result({})
-    experiments._watch(futures, arms, {1: 1.0, 4: 2.0}, 10, told)
+    cost = {arm.model: 1.0 for arm in arms}
+    experiments._watch(futures, arms, cost, 10, told)
     assert "100 %  2/2 arms" in capsys.readouterr().err
     broken = Future()
     broken.set_exception(FloatingPointError("the loss is not finite at step 7"))
     with pytest.raises(FloatingPointError, match="step 7"):
-        experiments._watch([broken], arms[:1], {1: 1.0}, 10, queue.Queue())
+        experiments._watch([broken], arms[:1], cost, 10, queue.Queue())
 
 
 def test_time_left_is_written_for_people():

@@ -1,6 +1,6 @@
 """Experiments that take longer than a chapter may: resumable, each with one record.
 
-    python -m moe_course.training.experiments compute-equivalence            about an hour and a half on 2 cores
+    python -m moe_course.training.experiments compute-equivalence            about an hour and three quarters on 2 cores
     python -m moe_course.training.experiments compute-equivalence --quick    under half a minute
 
 An experiment consists of arms, one training run each. A finished arm is a JSON file, an unfinished one has a
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from moe_course import records
+from moe_course.layers.routing import renormalised, softmax_top_k
 from moe_course.layers.transformer import Transformer
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
@@ -35,6 +37,29 @@ FOLDER = Path("_build/experiments")
 
 # What an arm is trained on: equally many unique bytes, of one domain or of all.
 DATA: dict[str, tuple[str, ...]] = {"one": ("prose",), "many": data.DOMAINS}
+
+
+Model = tuple[int, int, int]  # what sets a model's shape: experts, k, widening
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run. The seed sets the initial weights and the order of the text, not which text."""
+
+    experts: int  # 1: dense
+    data: str  # key of DATA
+    seed: int
+    k: int = 2  # experts per token; without meaning in a dense model
+    widening: int = 1  # hidden size of the FFN, in multiples of the setup's
+    lr: float = 1.0  # peak learning rate, in multiples of the recipe's
+
+    @property
+    def model(self) -> Model:
+        return self.experts, self.k, self.widening
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-e{self.experts:02}-k{self.k}-x{self.widening}-lr{self.lr:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -53,51 +78,49 @@ class Setup:
     layers: int
     heads: int
     hidden: int
-    k: int
     context: int
     batch_size: int
     unique_bytes: int
     passes: int
     recipe: loop.Recipe
+    others: tuple[Arm, ...] = ()  # beside every combination of experts, data and seeds
 
-    def spec(self, experts: int) -> ModelSpec:
-        """The model with that many experts; 1 is the dense model. Raises ValueError where k does not divide hidden."""
-        if self.hidden % self.k:
-            raise ValueError(f"k ({self.k}) must divide hidden ({self.hidden})")
-        sparse = None
-        if experts > 1:
-            sparse = RoutedExperts(experts, self.k, FFN(self.hidden // self.k))
+    def spec(self, arm: Arm) -> ModelSpec:
+        """The model of an arm. Raises ValueError where k does not divide its hidden size."""
+        hidden, sparse = arm.widening * self.hidden, None
+        if arm.experts > 1:
+            if hidden % arm.k:
+                raise ValueError(f"k ({arm.k}) must divide hidden ({hidden})")
+            sparse = RoutedExperts(arm.experts, arm.k, FFN(hidden // arm.k))
         return ModelSpec(
-            name=f"E={experts}",
+            name=f"E={arm.experts}, k={arm.k}" if sparse else f"dense, {hidden}",
             layers=self.layers,
             width=self.width,
             vocab=data.VOCAB,
             attention=GQA(self.heads, self.heads, self.width // self.heads),
-            ffn=None if sparse else FFN(self.hidden),
+            ffn=None if sparse else FFN(hidden),
             moe=sparse,
         )
 
+    def transformer(self, arm: Arm) -> Transformer:
+        """Its weights follow from torch's generator.
+
+        The gates of k > 1 experts sum to 1, as in Mixtral. A single one would then be 1 whatever the router says, and
+        the router would learn nothing from the loss: with k = 1 the gate is the probability itself, as in Switch.
+        """
+        return Transformer(
+            self.spec(arm), softmax_top_k if arm.k == 1 else renormalised
+        )
+
     def arms(self) -> list[Arm]:
-        """Every combination, seed by seed: a run that is cut short has whole comparisons."""
-        return [
+        """All arms, seed by seed: a run that is cut short has whole comparisons."""
+        grid = [
             Arm(experts, which, seed)
             for seed in self.seeds
             for which in self.data
             for experts in self.experts
         ]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One training run. The seed sets the initial weights and the order of the text, not which text."""
-
-    experts: int
-    data: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.data}-e{self.experts:02}-seed{self.seed}"
+        return sorted(grid + list(self.others), key=lambda arm: arm.seed)
 
 
 def _setup(
@@ -116,19 +139,29 @@ def _setup(
     )
 
 
+_SEEDS = (0, 1, 2)
 FULL = _setup(
     experts=(1, 4, 8, 32),
     data=("one", "many"),
-    seeds=(0, 1, 2),
+    seeds=_SEEDS,
     width=128,
     layers=4,
     heads=4,
     hidden=384,
-    k=2,
     context=128,
     batch_size=16,
-    unique_bytes=4_000_000,
-    recipe=loop.Recipe(steps=1, warmup=0, peak_lr=3e-3),
+    unique_bytes=2_400_000,
+    recipe=loop.Recipe(
+        steps=200, warmup=100, peak_lr=3e-3, held_out_windows=32, final_windows=256
+    ),
+    others=(
+        # Finer or coarser experts: as many weights in all, and as many per token, as 8 experts of which 2 work.
+        *(Arm(4 * k, "many", seed, k) for seed in _SEEDS for k in (1, 4)),
+        # What a larger dense model makes of the same text: the measure of what the experts are worth.
+        *(Arm(1, "many", seed, widening=x) for seed in _SEEDS for x in (2, 4)),
+        # Whether one learning rate is fair to both.
+        *(Arm(experts, "many", 0, lr=x) for experts in (1, 8) for x in (0.5, 2.0)),
+    ),
 )
 QUICK = _setup(
     experts=(1, 8),
@@ -138,11 +171,10 @@ QUICK = _setup(
     layers=2,
     heads=2,
     hidden=192,
-    k=2,
     context=64,
     batch_size=8,
     unique_bytes=100_000,
-    recipe=loop.Recipe(steps=1, warmup=0, peak_lr=5e-3, rows=5, final_windows=128),
+    recipe=loop.Recipe(steps=100, warmup=20, peak_lr=5e-3, rows=5, final_windows=128),
 )
 
 
@@ -159,25 +191,31 @@ def run_arm(
     Raises ValueError when `folder` holds results of another setup.
     """
     path, checkpoint = folder / f"{arm.name}.json", folder / f"{arm.name}.pt"
-    settings = {"arm": asdict(arm), "setup": _plain(asdict(setup))}
+    # Not which other arms there are: an experiment may grow.
+    shared = {
+        k: v
+        for k, v in asdict(setup).items()
+        if k not in ("experts", "data", "seeds", "others")
+    }
+    settings = {"arm": asdict(arm), "setup": _plain(shared)}
     if path.exists():
         result: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if {key: result[key] for key in settings} != settings:
             raise ValueError(f"{path} is of another setup: choose another folder")
         return result
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    domains, spec = DATA[arm.data], setup.spec(arm.experts)
+    domains, spec = DATA[arm.data], setup.spec(arm)
     text = data.load(domains, "train", setup.unique_bytes)
     batches = data.Batches(
         text, setup.context, setup.batch_size, arm.seed, setup.passes
     )
     held_out = {domain: data.load([domain], "held_out") for domain in domains}
     torch.manual_seed(arm.seed)
-    model = Transformer(spec).to(device)
+    model = setup.transformer(arm).to(device)
     rows = loop.train(
         model,
         batches,
-        setup.recipe,
+        replace(setup.recipe, peak_lr=arm.lr * setup.recipe.peak_lr),
         flops_per_token=loop.flops_per_token(spec, setup.context),
         held_out=held_out,
         checkpoint=checkpoint,
@@ -230,6 +268,9 @@ def record_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for row in result["rows"]:
         bits = row["bits"]
         flat = {"data": arm["data"], "experts": arm["experts"], "seed": arm["seed"]}
+        flat["k"] = arm["k"] if arm["experts"] > 1 else 1
+        flat["hidden"] = arm["widening"] * setup["hidden"]
+        flat["peak_lr"] = arm["lr"] * setup["recipe"]["peak_lr"]
         flat |= {key: row[key] for key in ("step", "bytes", "flops")}
         flat["seconds"] = round(row["seconds"], 2)
         flat["held_out_bits"] = round(sum(bits.values()) / len(bits), 5)
@@ -237,7 +278,6 @@ def record_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         flat["train_bits"] = row["train_bits"] and round(row["train_bits"], 5)
         shares = [share for layer in row["load"] for share in layer]
         flat["max_load"] = round(max(shares) * arm["experts"], 3) if shares else None
-        flat["k"] = setup["k"] if arm["experts"] > 1 else 1
         for key in ("total_params", "active_params", "state_bytes"):
             flat[key] = result[key]
         flat["peak_memory_bytes"] = result["peak_memory_bytes"]
@@ -273,7 +313,7 @@ def _work(arm: Arm, setup: Setup, folder: Path) -> dict[str, Any]:
     return run_arm(arm, setup, folder, on_step=tell, fresh_process=True)
 
 
-def _step_seconds(setup: Setup, experts: int, steps: int = 6) -> float:
+def _step_seconds(setup: Setup, arm: Arm, steps: int = 6) -> float:
     """Seconds of one training step, of a few on text that does not matter."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = torch.randint(data.VOCAB, (setup.context * setup.batch_size * (steps + 4),))
@@ -282,13 +322,26 @@ def _step_seconds(setup: Setup, experts: int, steps: int = 6) -> float:
     )
     recipe = replace(setup.recipe, steps=steps + 2, warmup=0, rows=steps + 2)
     rows = loop.train(
-        Transformer(setup.spec(experts)).to(device),
+        setup.transformer(arm).to(device),
         batches,
         recipe,
         flops_per_token=0,
         held_out={},
     )
     return float(rows[-1]["seconds"] - rows[2]["seconds"]) / steps
+
+
+def _step_times(setup: Setup, arms: list[Arm], rounds: int = 5) -> dict[Model, float]:
+    """Seconds of a training step of each model, side by side: the median of `rounds`, the models in turn in each.
+
+    What the arms took themselves depends on what else the machine did in these hours; these times may be compared.
+    """
+    models = {arm.model: arm for arm in arms}
+    times: dict[Model, list[float]] = {model: [] for model in models}
+    for _ in range(rounds):
+        for model, arm in models.items():
+            times[model].append(_step_seconds(setup, arm))
+    return {model: statistics.median(each) for model, each in times.items()}
 
 
 def _pool(jobs: int) -> tuple[ProcessPoolExecutor, Any]:
@@ -307,12 +360,13 @@ def run_all(setup: Setup, folder: Path, jobs: int) -> list[dict[str, Any]]:
     open_arms = [a for a in arms if not (folder / f"{a.name}.json").exists()]
     pool, queue = _pool(jobs)
     try:
-        wanted = sorted({arm.experts for arm in open_arms})
-        each = pool.map(_step_seconds, [setup] * len(wanted), wanted)
-        cost = dict(zip(wanted, each, strict=True))  # seconds of a step, by experts
+        models = {arm.model: arm for arm in open_arms}  # one arm of each shape
+        each = pool.map(_step_seconds, [setup] * len(models), models.values())
+        cost = dict(zip(models, each, strict=True))  # seconds of a step
         _print_plan(setup, arms, open_arms, cost, jobs)
         futures = [pool.submit(_work, arm, setup, folder) for arm in open_arms]
         _watch(futures, open_arms, cost, setup.recipe.steps, queue)
+        times = pool.submit(_step_times, setup, arms).result()
     except BaseException:
         # Ctrl-C and failures: end the workers rather than wait for them; their checkpoints stay.
         for process in multiprocessing.active_children():
@@ -320,14 +374,18 @@ def run_all(setup: Setup, folder: Path, jobs: int) -> list[dict[str, Any]]:
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return [row for arm in arms for row in record_rows(run_arm(arm, setup, folder))]
+    return [
+        row | {"step_ms": round(1e3 * times[arm.model], 2)}
+        for arm in arms
+        for row in record_rows(run_arm(arm, setup, folder))
+    ]
 
 
 def _print_plan(
     setup: Setup,
     arms: list[Arm],
     open_arms: list[Arm],
-    cost: dict[int, float],
+    cost: dict[Model, float],
     jobs: int,
 ) -> None:
     tokens = setup.recipe.steps * setup.batch_size * setup.context
@@ -335,25 +393,25 @@ def _print_plan(
         f"{len(arms)} arms, {len(arms) - len(open_arms)} of them done; {setup.recipe.steps} steps of "
         f"{setup.batch_size} x {setup.context} bytes each: {tokens:,} bytes, {setup.unique_bytes:,} unique"
     )
-    for experts, seconds in cost.items():
-        spec = setup.spec(experts)
+    for model, arm in {arm.model: arm for arm in open_arms}.items():
+        spec = setup.spec(arm)
         print(
-            f"  E={experts:<3} total {spec.total_params():>12,}  active {spec.active_params(False):>10,}  "
-            f"{loop.flops_per_token(spec, setup.context) / 1e6:6.2f} MFLOP/byte  {1e3 * seconds:6.0f} ms/step"
+            f"  {spec.name:<12} total {spec.total_params():>12,}  active {spec.active_params(False):>10,}  "
+            f"{loop.flops_per_token(spec, setup.context) / 1e6:6.2f} MFLOP/byte  {1e3 * cost[model]:6.0f} ms/step"
         )
-    left = sum(cost[arm.experts] * setup.recipe.steps for arm in open_arms) / jobs
+    left = sum(cost[arm.model] * setup.recipe.steps for arm in open_arms) / jobs
     print(f"estimate: {_duration(left)} with {jobs} at a time", flush=True)
 
 
 def _watch(
     futures: list[Future[dict[str, Any]]],
     arms: list[Arm],
-    cost: dict[int, float],
+    cost: dict[Model, float],
     steps: int,
     queue: Any,
 ) -> None:
     """Show progress until all are done; raises what an arm raised."""
-    price = {arm.name: cost[arm.experts] for arm in arms}
+    price = {arm.name: cost[arm.model] for arm in arms}
     total = steps * sum(price.values())
     done: dict[str, int] = {}
     first: dict[str, int] = {}  # a resumed arm does not begin at 0
