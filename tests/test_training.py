@@ -9,6 +9,8 @@ import math
 import queue
 import random
 import re
+import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter, defaultdict
@@ -912,3 +914,36 @@ def test_progress_ends_with_the_arms_and_raises_what_an_arm_raised(capsys):
 def test_time_left_is_written_for_people():
     assert experiments._duration(61.4) == "1 min 01 s"
     assert experiments._duration(5400) == "1 h 30 min"
+
+
+def test_no_worker_outlives_a_command_that_is_killed(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from dataclasses import replace\n"
+        "from moe_course.training import experiments as e\n"
+        "from pathlib import Path\n"
+        "import sys\n"
+        "if __name__ == '__main__':\n"
+        "    setup = replace(e.QUICK, unique_bytes=2_000_000,\n"
+        "                    recipe=replace(e.QUICK.recipe, steps=3000))\n"
+        "    e.run_all(setup, Path(sys.argv[1]), 2)\n"
+    )
+    command = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "arms")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(600):  # until both arms have saved something
+            if len(list(tmp_path.glob("arms/*.pt"))) == 2:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("no checkpoint within a minute")
+    finally:
+        command.kill()
+        command.wait()
+    time.sleep(5)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("arms/*")}
+    time.sleep(5)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("arms/*")} == before

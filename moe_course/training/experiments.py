@@ -306,8 +306,12 @@ def _start_worker(queue: Any) -> None:
 
 
 def _work(arm: Arm, setup: Setup, folder: Path) -> dict[str, Any]:
+    parent = multiprocessing.parent_process()
+
     def tell(done: int) -> None:
         if done % 10 == 0 or done == setup.recipe.steps:
+            if parent is not None and not parent.is_alive():
+                os._exit(1)  # killed, and this process would train on unseen
             _progress.put((arm.name, done))
 
     return run_arm(arm, setup, folder, on_step=tell, fresh_process=True)
