@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from moe_course import records
 from moe_course.interop import from_hf, parity, to_hf
 from moe_course.interop.parity import BLOCKS, compare, parity_table, random_block
 from moe_course.layers import DenseFFN, Experts, MoE, SwiGLU, TopKRouter
@@ -577,3 +578,17 @@ def test_the_table_is_computed(capsys, monkeypatch):
     assert not row["same_experts"]
     assert (row["output_error"], row["gradient_error"]) == (0.5, 0.25)
     assert row["output_rms_error_bf16"] == 0.125
+
+
+def test_the_command_records_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parity, "RECORD", tmp_path / "parity.json")
+    assert parity.main(["--configs", "1"]) == 0
+    assert not list(tmp_path.iterdir())
+    assert parity.main(["--configs", "1", "--record"]) == 0
+    record = records.load(tmp_path / "parity.json")
+    assert [row["block"] for row in record.rows] == list(BLOCKS)
+    assert set(record.versions) == {"python", "torch", "transformers"}
+    assert record.command.endswith("--configs 1 --record")
+    assert capsys.readouterr().out.count("| block |") == 2
+    with pytest.raises(SystemExit):
+        parity.main(["--configs", "0"])

@@ -1,24 +1,27 @@
 """How close a block of `transformers` and the MoE that `from_hf` makes of it are, over random configurations.
 
-    python -m moe_course.interop.parity        # the table, in about half a minute
+    python -m moe_course.interop.parity [--configs 20] [--record]       the table, in about half a minute
 
 Everything is computed when asked for; what is random follows from a seed.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_course import records
 from moe_course.interop.huggingface import from_hf, load_transformers
 from moe_course.layers.moe import MoE
 from moe_course.layers.routing import (
@@ -28,6 +31,8 @@ from moe_course.layers.routing import (
     sigmoid_top_k,
     softmax_top_k,
 )
+
+RECORD = Path("book/data/records/parity.json")
 
 Config = dict[str, Any]
 MARGIN = 1e-5  # a token whose k-th and next score are closer is a tie: either is right
@@ -363,5 +368,23 @@ def _print(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_course.interop.parity")
+    parser.add_argument("--configs", type=int, default=20, help="of each block")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD}")
+    options = parser.parse_args(arguments)
+    if options.configs < 1:
+        parser.error(f"--configs must be at least 1, got {options.configs}")
+    rows = parity_table(options.configs)
+    _print(rows)
+    if options.record:
+        command = (
+            f"python -m moe_course.interop.parity --configs {options.configs} --record"
+        )
+        packages = ("torch", "transformers")
+        records.save(records.measure("parity", command, rows, packages), RECORD)
+    return 0
+
+
 if __name__ == "__main__":
-    _print(parity_table(*map(int, sys.argv[1:])))
+    sys.exit(main())
