@@ -1,17 +1,20 @@
 """Routers: which experts serve which tokens, and with what weight.
 
-A token-choice gate is a function `gate(logits, k, **options) -> Routing`; `TopKRouter` is a matrix in front of one.
-In expert choice the experts pick tokens, so `expert_choice` gives `Slots` at once. `layers.soft_moe` mixes all tokens.
+A token-choice gate is a function `gate(logits, k, **options) -> Routing`; `TopKRouter`
+is a matrix in front of one. In expert choice the experts pick tokens, so
+`expert_choice` gives `Slots` at once. `layers.soft_moe` mixes all tokens.
 
 What holds for every gate:
 
 - Among equal scores the lowest expert id wins, on every device.
-- The choice passes no gradient, the weights do; gates compute in the dtype of the logits.
-- A logit of -inf forbids an expert: it is taken only when nothing else is left, and gets weight 0 then. A row of
-  nothing but -inf is a row of equal logits.
-- NaN ranks first, so a token with a NaN logit gets NaN weights where they depend on logits, and the loss shows it; its
-  ids are still distinct and valid, so no kernel reads out of bounds. There is no check, because the answer would have
-  to travel from the GPU to Python in every layer of every step.
+- The choice passes no gradient, the weights do; gates compute in the dtype of the
+  logits.
+- A logit of -inf forbids an expert: it is taken only when nothing else is left, and
+  gets weight 0 then. A row of nothing but -inf is a row of equal logits.
+- NaN ranks first, so a token with a NaN logit gets NaN weights where they depend on
+  logits, and the loss shows it; its ids are still distinct and valid, so no kernel
+  reads out of bounds. There is no check, because the answer would have to travel from
+  the GPU to Python in every layer of every step.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class Routing:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """What is computed: one entry for each pair of a token and an expert that serves it.
+    """What is computed: an entry for each pair of a token and an expert that serves it.
 
     Sorted by expert, in token order within one. A dropped token is absent.
     """
@@ -66,11 +69,12 @@ Gate = Callable[..., Routing]  # gate(logits, k, **options)
 
 @dataclass(frozen=True)
 class Groups:
-    """Limits each token to experts of few groups (devices, nodes), which bounds its traffic.
+    """Limits each token to experts of few groups (devices, nodes): less traffic.
 
-    The E experts form `count` groups of neighbours. A group's score is the sum of its `best` highest scores; a token
-    chooses among the experts of its `kept` best groups. best=1, the maximum, is DeepSeek-V2 (arXiv:2405.04434,
-    section 2.2.2), best=2 DeepSeek-V3 (arXiv:2412.19437, section 2.1.2).
+    The E experts form `count` groups of neighbours. A group's score is the sum of its
+    `best` highest scores; a token chooses among the experts of its `kept` best groups.
+    best=1, the maximum, is DeepSeek-V2 (arXiv:2405.04434, section 2.2.2), best=2
+    DeepSeek-V3 (arXiv:2412.19437, section 2.1.2).
     """
 
     count: int
@@ -97,9 +101,10 @@ def _require_k(k: int, num_experts: int) -> None:
 def select(
     scores: Float[Tensor, "T E"], k: int, groups: Groups | None = None
 ) -> Int[Tensor, "T K"]:
-    """The ids of each token's k highest scores, the highest first, among equal ones the lowest id first.
+    """The ids of each token's k highest scores, best first, lower ids first among equals.
 
-    Raises ValueError unless 1 <= k <= E and the groups fit: count divides E, best <= E/count, kept·E/count >= k.
+    Raises ValueError unless 1 <= k <= E and the groups fit: count divides E,
+    best <= E/count, kept·E/count >= k.
     """
     num_experts = scores.shape[1]
     _require_k(k, num_experts)
@@ -166,12 +171,14 @@ def softmax_top_k(
     scale: float = 1.0,
     groups: Groups | None = None,
 ) -> Routing:
-    """The k highest probabilities as they are (Switch with k = 1: arXiv:2101.03961, section 2.1; OLMoE, DeepSeek-V2).
+    """The k highest probabilities as they are (Switch with k = 1: arXiv:2101.03961,
+    section 2.1; OLMoE, DeepSeek-V2).
 
         p = softmax(l),   w_i = scale · p_i   for i in TopK(p)
 
-    The weights sum to less than 1 unless k = E, and their gradient reaches every logit. OLMoE: arXiv:2409.02060.
-    DeepSeek-V2 (arXiv:2405.04434, section 2.2): scale 16 and Groups(8, kept=3, best=1).
+    The weights sum to less than 1 unless k = E, and their gradient reaches every logit.
+    OLMoE: arXiv:2409.02060. DeepSeek-V2 (arXiv:2405.04434, section 2.2): scale 16 and
+    Groups(8, kept=3, best=1).
 
     Raises ValueError as `select` does.
     """
@@ -188,11 +195,13 @@ def renormalised(
     scale: float = 1.0,
     groups: Groups | None = None,
 ) -> Routing:
-    """The k highest probabilities, divided by their sum (Qwen3: arXiv:2505.09388; Mixtral as `transformers` runs it).
+    """The k highest probabilities, divided by their sum (Qwen3: arXiv:2505.09388;
+    Mixtral as `transformers` runs it).
 
         p = softmax(l),   w_i = scale · p_i / sum_{j in S} p_j   for i in S = TopK(p)
 
-    With scale 1 this is `top_k_softmax`, in value and in gradient: the sum over all experts cancels.
+    With scale 1 this is `top_k_softmax`, in value and in gradient: the sum over all
+    experts cancels.
 
     Raises ValueError as `select` does.
     """
@@ -204,7 +213,8 @@ def renormalised(
 
 
 def top_k_softmax(logits: Float[Tensor, "T E"], k: int) -> Routing:
-    """A softmax over the k highest logits alone (Mixtral: arXiv:2401.04088, section 2.1; gpt-oss: arXiv:2508.10925).
+    """A softmax over the k highest logits alone (Mixtral: arXiv:2401.04088, section
+    2.1; gpt-oss: arXiv:2508.10925).
 
         w = softmax(l_S)   for S = TopK(l)
 
@@ -226,13 +236,16 @@ def sigmoid_top_k(
     scale: float = 1.0,
     groups: Groups | None = None,
 ) -> Routing:
-    """Sigmoid scores with a bias that takes part in the choice only (DeepSeek-V3: arXiv:2412.19437, section 2.1.2).
+    """Sigmoid scores with a bias that takes part in the choice only (DeepSeek-V3:
+    arXiv:2412.19437, section 2.1.2).
 
-        s = sigmoid(l),   w_i = scale · s_i / sum_{j in S} s_j   for i in S = TopK(s + correction)
+        s = sigmoid(l),   w_i = scale · s_i / sum_{j in S} s_j   for i in S,
+        S = TopK(s + correction)
 
-    The correction balances the load without a loss (arXiv:2408.15664): it is set after each step, never learned, and
-    the weights do not contain it. With normalise=False w_i = scale · s_i. `probs` is s divided by its sum over all
-    experts, as the paper's balance loss has it. DeepSeek-V3: scale 2.5 and Groups(8, kept=4, best=2).
+    The correction balances the load without a loss (arXiv:2408.15664): it is set after
+    each step, never learned, and the weights do not contain it. With normalise=False
+    w_i = scale · s_i. `probs` is s divided by its sum over all experts, as the paper's
+    balance loss has it. DeepSeek-V3: scale 2.5 and Groups(8, kept=4, best=2).
 
     Raises ValueError as `select` does.
     """
@@ -256,12 +269,15 @@ def noisy_top_k(
     *,
     noise_logits: Float[Tensor, "T E"] | None = None,
 ) -> Routing:
-    """Top-k after noise whose size is learned (Shazeer et al., arXiv:1701.06538, section 2.1).
+    """Top-k after noise whose size is learned (Shazeer et al., arXiv:1701.06538,
+    section 2.1).
 
-        h = l + ε · softplus(noise_logits),  ε ~ N(0, 1),   w = softmax(h_S)   for S = TopK(h)
+        h = l + ε · softplus(noise_logits),  ε ~ N(0, 1)
+        w = softmax(h_S)   for S = TopK(h)
 
-    The noise spreads tokens over experts and makes the load differentiable (`load_loss`). noise_logits=None means no
-    noise, as in evaluation. `probs` is the softmax of the clean logits over all experts.
+    The noise spreads tokens over experts and makes the load differentiable
+    (`load_loss`). noise_logits=None means no noise, as in evaluation. `probs` is the
+    softmax of the clean logits over all experts.
 
     Raises ValueError unless 1 <= k <= E.
     """
@@ -285,9 +301,10 @@ def hashed(
     table: Int[Tensor, "V K"],
     learned: bool = True,
 ) -> Routing:
-    """The experts of a token are looked up by its vocabulary id and never change (Hash layers, arXiv:2106.04426).
+    """The experts of a token are looked up by its vocabulary id and never change (Hash
+    layers, arXiv:2106.04426).
 
-        S = table[token_id],   w_i = softmax(l)_i, or 1/k with learned=False   for i in S
+        S = table[token_id],   w_i = softmax(l)_i   for i in S (learned=False: 1/k)
 
     Raises ValueError if the table's rows do not hold k experts.
     """
@@ -303,7 +320,8 @@ def hashed(
 
 
 def hash_table(vocab: int, num_experts: int, k: int) -> Int[Tensor, "V K"]:
-    """A random table for `hashed`: k different experts per vocabulary id, each expert in k·V/E rows (up to rounding).
+    """A random table for `hashed`: k different experts per vocabulary id, each expert
+    in k·V/E rows, up to rounding.
 
     That balances the vocabulary. Tokens follow Zipf's law, so the load is not balanced.
 
@@ -317,8 +335,9 @@ def hash_table(vocab: int, num_experts: int, k: int) -> Int[Tensor, "V K"]:
 def balanced_random(logits: Float[Tensor, "T E"], k: int) -> Routing:
     """Random experts and a perfectly even load, for benchmarks: it learns nothing.
 
-    Token t gets experts (k·π(t) + j) mod E for j < k, π a random permutation: each expert serves T·k/E tokens, up to
-    rounding. w_i = softmax(l)_i, so that the logits have a gradient to be timed.
+    Token t gets experts (k·π(t) + j) mod E for j < k, π a random permutation: each
+    expert serves T·k/E tokens, up to rounding. w_i = softmax(l)_i, so that the logits
+    have a gradient to be timed.
 
     Raises ValueError unless 1 <= k <= E.
     """
@@ -333,12 +352,14 @@ def balanced_random(logits: Float[Tensor, "T E"], k: int) -> Routing:
 def sinkhorn_top_k(
     logits: Float[Tensor, "T E"], k: int, *, greedy: bool = False
 ) -> Routing:
-    """Top-k of the transport plan nearest to the logits that loads all experts evenly (S-BASE, arXiv:2202.01169).
+    """Top-k of the transport plan nearest to the logits that loads all experts evenly
+    (S-BASE, arXiv:2202.01169).
 
         S = TopK(Π),   w_i = sigmoid(l)_i if k = 1, else softmax(l)_i   for i in S
 
-    Π (`sinkhorn_log_plan`) looks at all tokens at once, so the choice is not causal; greedy=True, for evaluation, takes
-    S = TopK(l). Even mass in Π does not force even counts: for those see `base_assignment`.
+    Π (`sinkhorn_log_plan`) looks at all tokens at once, so the choice is not causal;
+    greedy=True, for evaluation, takes S = TopK(l). Even mass in Π does not force even
+    counts: for those see `base_assignment`.
 
     Raises ValueError unless 1 <= k <= E.
     """
@@ -352,10 +373,11 @@ def sinkhorn_top_k(
 def sinkhorn_log_plan(
     logits: Float[Tensor, "T E"], tolerance: float = 1e-4, max_iterations: int = 100
 ) -> Float[Tensor, "T E"]:
-    """log Π for Π = diag(u) exp(l) diag(v) with row sums 1/T and column sums 1/E (Sinkhorn's algorithm).
+    """log Π for Π = diag(u) exp(l) diag(v) with row sums 1/T and column sums 1/E
+    (Sinkhorn's algorithm).
 
-    Rows and columns are scaled in turn until every column sum is within `tolerance` of 1/E, relative. In logarithms,
-    because exp(l) overflows float32 at l = 89.
+    Rows and columns are scaled in turn until every column sum is within `tolerance` of
+    1/E, relative. In logarithms, because exp(l) overflows float32 at l = 89.
     """
     tokens, num_experts = logits.shape
     log_plan = logits
@@ -377,12 +399,14 @@ def _log_sum(log_plan: Tensor, dim: int) -> Tensor:
 def base_assignment(
     logits: Float[Tensor, "T E"], k: int, *, greedy: bool = False
 ) -> Routing:
-    """The assignment of highest total score under an even load (BASE layers, arXiv:2103.16716, section 3).
+    """The assignment of highest total score under an even load (BASE layers,
+    arXiv:2103.16716, section 3).
 
-        max over S of  sum_t l_{t,S(t)}   with T/E tokens on each expert, up to rounding;   w = sigmoid(l_S)
+        max over S of  sum_t l_{t,S(t)}   with T/E tokens on each expert,
+        w = sigmoid(l_S)
 
-    Solved exactly by scipy on the CPU, in O(T³): for study, not for speed. Not causal; greedy=True, for evaluation,
-    takes each token's highest logit.
+    T/E up to rounding. Solved exactly by scipy on the CPU, in O(T³): for study, not for
+    speed. Not causal; greedy=True, for evaluation, takes each token's highest logit.
 
     Raises ValueError unless k = 1 and the logits are finite, ImportError without scipy.
     """
@@ -423,11 +447,12 @@ def _assign(logits: Tensor) -> Tensor:
 def expert_choice(logits: Float[Tensor, "T E"], capacity: int) -> Slots:
     """Each expert takes the tokens that want it most (arXiv:2202.09368, section 3.2).
 
-        p = softmax(l),   expert e serves the `capacity` tokens of highest p_te, with weight p_te
+        p = softmax(l),   w_te = p_te   for the `capacity` tokens t of highest p_te
 
-    The load is even by construction; a token is served by any number of experts, none included. The paper's capacity
-    is T·K/E times a capacity factor. Not causal: whether a token is served depends on the tokens after it, so a decoder
-    trained this way sees the future. Among equal probabilities the first token wins.
+    The load is even by construction; a token is served by any number of experts, none
+    included. The paper's capacity is T·K/E times a capacity factor. Not causal: whether
+    a token is served depends on the tokens after it, so a decoder trained this way sees
+    the future. Among equal probabilities the first token wins.
 
     Raises ValueError unless 0 <= capacity <= T.
     """
@@ -450,7 +475,8 @@ def router_logits(
     weight: Float[Tensor, "E D"],
     bias: Float[Tensor, " E"] | None = None,
 ) -> Float[Tensor, "T E"]:
-    """x W^T + b in float32 or better: bfloat16 swaps experts whose logits lie close (arXiv:2101.03961, section 2.4).
+    """x W^T + b in float32 or better: bfloat16 swaps experts whose logits lie close
+    (arXiv:2101.03961, section 2.4).
 
     Raises ValueError unless x is [T, D].
     """
@@ -465,7 +491,10 @@ def router_logits(
 
 
 def jittered(x: Float[Tensor, "T D"], amount: float) -> Float[Tensor, "T D"]:
-    """x ⊙ u with u uniform in [1 - amount, 1 + amount] (Switch, arXiv:2101.03961, appendix C), in float32 or better."""
+    """x ⊙ u with u uniform in [1 - amount, 1 + amount], in float32 or better.
+
+    Switch: arXiv:2101.03961, appendix C.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.empty_like(x).uniform_(1 - amount, 1 + amount)
 
@@ -475,18 +504,23 @@ class TopKRouter(nn.Module):
 
         Routing = gate(x W^T + b, k, **options)
 
-    gate: one of this module's gates, or any function `gate(logits, k, **options) -> Routing`.
+    gate: one of this module's gates, or any function
+        `gate(logits, k, **options) -> Routing`.
     bias: adds b [E] to the logits, learned (gpt-oss).
-    jitter: in training multiplies the router's input, not the experts', by uniform noise (`jittered`).
-    options: passed to the gate, as scale=2.5 (here, not by functools.partial, which hides the gate).
+    jitter: in training multiplies the router's input, not the experts', by uniform
+        noise (`jittered`).
+    options: passed to the gate, as scale=2.5 (here, not by functools.partial, which
+        hides the gate).
 
-    Some gates need more than logits, and get it here: `sigmoid_top_k` the buffer `correction` [E], 0 until a balancing
-    rule sets it; `noisy_top_k` a second matrix `noise_weight` [E, D], in training only; `hashed` the buffer `table`
-    [V, K], given as an option, and token ids at each call; `sinkhorn_top_k` and `base_assignment` greedy=True in
-    evaluation.
+    Some gates need more than logits, and get it here: `sigmoid_top_k` the buffer
+    `correction` [E], 0 until a balancing rule sets it; `noisy_top_k` a second matrix
+    `noise_weight` [E, D], in training only; `hashed` the buffer `table` [V, K], given
+    as an option, and token ids at each call; `sinkhorn_top_k` and `base_assignment`
+    greedy=True in evaluation.
 
-    Parameters: E·D, with bias E more, with noise E·D more. Raises ValueError on k outside 1..E, a jitter outside [0, 1)
-    and a table that does not hold k ids of 0..E-1 in each row.
+    Parameters: E·D, with bias E more, with noise E·D more. Raises ValueError on k
+    outside 1..E, a jitter outside [0, 1) and a table that does not hold k ids of 0..E-1
+    in each row.
     """
 
     correction: Tensor | None
@@ -529,7 +563,10 @@ class TopKRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W from N(0, 0.02²), the rest 0; noise then has the same size, softplus(0) = 0.69, for every expert."""
+        """W from N(0, 0.02²), the rest 0.
+
+        Noise then has the same size, softplus(0) = 0.69, for every expert.
+        """
         nn.init.normal_(self.weight, std=0.02)
         for rest in (self.bias, self.noise_weight, self.correction):
             if rest is not None:
@@ -574,9 +611,12 @@ class TopKRouter(nn.Module):
 
 
 class ExpertChoiceRouter(nn.Module):
-    """A router matrix in front of `expert_choice`, with capacity = ceil(capacity_factor·T·K/E), at most T.
+    """A router matrix in front of `expert_choice`.
 
-    Parameters: E·D. Raises ValueError on k outside 1..E and a capacity factor that is not positive.
+        capacity = ceil(capacity_factor · T·K/E), at most T
+
+    Parameters: E·D. Raises ValueError on k outside 1..E and a capacity factor that is
+    not positive.
     """
 
     def __init__(
