@@ -100,7 +100,10 @@ def _rank(keys: Int[Tensor, " S"]) -> Int[Tensor, " S"]:
 def dense(
     x: Float[Tensor, "T D"], slots: Slots, experts: Experts
 ) -> Float[Tensor, "T D"]:
-    """Every expert on every token, with weight 0 where it was not chosen: the oracle, at E/K times the work."""
+    """Every expert on every token, with weight 0 where it was not chosen.
+
+    The oracle, at E/K times the work.
+    """
     gates = slots.weight.new_zeros(len(x), experts.num_experts)
     gates = gates.index_put(
         (slots.token, slots.expert), slots.weight, accumulate=True
@@ -131,10 +134,11 @@ def einsum(
     experts: Experts,
     capacity: int | None = None,
 ) -> Float[Tensor, "T D"]:
-    """One-hot products with room for C slots per expert (arXiv:2006.16668, algorithm 1).
+    """One-hot products, C places per expert (arXiv:2006.16668, algorithm 2).
 
-    Every shape is known beforehand, at a price: 2·T·E·C·D multiplications, and E·C grows with T. Slots beyond the
-    capacity are dropped by position and contribute exactly 0. Without one, C is the largest load: nothing is dropped.
+    Every shape is known beforehand, at a price: 2·T·E·C·D multiplications, and E·C
+    grows with T. Slots beyond the capacity are dropped by position and contribute
+    exactly 0. Without one, C is the largest load: nothing is dropped.
     """
     position = _rank(slots.expert)
     if capacity is None:

@@ -177,8 +177,8 @@ def softmax_top_k(
         p = softmax(l),   w_i = scale · p_i   for i in TopK(p)
 
     The weights sum to less than 1 unless k = E, and their gradient reaches every logit.
-    OLMoE: arXiv:2409.02060. DeepSeek-V2 (arXiv:2405.04434, section 2.2): scale 16 and
-    Groups(8, kept=3, best=1).
+    OLMoE: arXiv:2409.02060. DeepSeek-V2 (arXiv:2405.04434, section 2.2; its config):
+    scale 16 and Groups(8, kept=3, best=1).
 
     Raises ValueError as `select` does.
     """
@@ -195,8 +195,8 @@ def renormalised(
     scale: float = 1.0,
     groups: Groups | None = None,
 ) -> Routing:
-    """The k highest probabilities, divided by their sum (Qwen3: arXiv:2505.09388;
-    Mixtral as `transformers` runs it).
+    """The k highest probabilities, divided by their sum (Qwen3, norm_topk_prob in its
+    config: arXiv:2505.09388; Mixtral as `transformers` runs it).
 
         p = softmax(l),   w_i = scale · p_i / sum_{j in S} p_j   for i in S = TopK(p)
 
@@ -245,7 +245,8 @@ def sigmoid_top_k(
     The correction balances the load without a loss (arXiv:2408.15664): it is set after
     each step, never learned, and the weights do not contain it. With normalise=False
     w_i = scale · s_i. `probs` is s divided by its sum over all experts, as the paper's
-    balance loss has it. DeepSeek-V3: scale 2.5 and Groups(8, kept=4, best=2).
+    balance loss has it. DeepSeek-V3 (its config): scale 2.5 and
+    Groups(8, kept=4, best=2).
 
     Raises ValueError as `select` does.
     """
@@ -275,8 +276,8 @@ def noisy_top_k(
         h = l + ε · softplus(noise_logits),  ε ~ N(0, 1)
         w = softmax(h_S)   for S = TopK(h)
 
-    The noise spreads tokens over experts and makes the load differentiable
-    (`load_loss`). noise_logits=None means no noise, as in evaluation. `probs` is the
+    The noise spreads tokens over experts and makes the load differentiable (the paper's
+    appendix A). noise_logits=None means no noise, as in evaluation. `probs` is the
     softmax of the clean logits over all experts.
 
     Raises ValueError unless 1 <= k <= E.
@@ -450,9 +451,10 @@ def expert_choice(logits: Float[Tensor, "T E"], capacity: int) -> Slots:
         p = softmax(l),   w_te = p_te   for the `capacity` tokens t of highest p_te
 
     The load is even by construction; a token is served by any number of experts, none
-    included. The paper's capacity is T·K/E times a capacity factor. Not causal: whether
-    a token is served depends on the tokens after it, so a decoder trained this way sees
-    the future. Among equal probabilities the first token wins.
+    included. The paper's capacity is T·c/E; c, its capacity factor, is the mean number
+    of experts per token. Not causal: whether a token is served depends on the tokens
+    after it, so a decoder trained this way sees the future. Among equal probabilities
+    the first token wins.
 
     Raises ValueError unless 0 <= capacity <= T.
     """
@@ -475,8 +477,10 @@ def router_logits(
     weight: Float[Tensor, "E D"],
     bias: Float[Tensor, " E"] | None = None,
 ) -> Float[Tensor, "T E"]:
-    """x W^T + b in float32 or better: bfloat16 swaps experts whose logits lie close
+    """x W^T + b in float32 or better, as Switch has it for stable training
     (arXiv:2101.03961, section 2.4).
+
+    In bfloat16, experts whose logits lie close change places.
 
     Raises ValueError unless x is [T, D].
     """
