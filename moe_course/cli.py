@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_course import __version__
 
@@ -147,6 +149,97 @@ def _check(args: argparse.Namespace) -> int:
     return code
 
 
+def _grade(args: argparse.Namespace) -> int:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from moe_course.grading import batch, report, sandbox
+    from moe_course.grading.core import load_exercise
+    from moe_course.grading.run import UnreadableError
+    from moe_course.grading.submissions import collect
+
+    if args.jobs < 1:
+        raise UsageError(f"-j must be at least 1, got {args.jobs}")
+    out = Path(args.out)
+    try:
+        exercise = load_exercise(args.exercise)
+        settings = batch.Settings(
+            args.exercise,
+            args.seed,
+            args.private_checks,
+            sandboxed=not args.unsafe_no_sandbox,
+        )
+        private = settings.private_checks()
+        submissions = collect([Path(p) for p in args.submissions])
+        most = {
+            q.id: q.points + sum(i.points for i in private.get(q.id, ()))
+            for q in exercise.questions
+        }
+        overrides = (
+            batch.read_overrides(Path(args.overrides), most) if args.overrides else {}
+        )
+    except (ValueError, UnreadableError, batch.GradesError) as error:
+        raise UsageError(str(error)) from error
+    if settings.sandboxed and (why := sandbox.why_not()) is not None:
+        raise UsageError(
+            f"no sandbox here ({why}): others' work is not run without one. `moe-course check` runs your own; "
+            "--unsafe-no-sandbox runs this as you, with all your rights, and marks the results"
+        )
+    progress = _Progress(len(submissions))
+    # Spawned: a fork of a process that uses torch may hang.
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"))
+    try:
+        batch.grade_batch(submissions, settings, out, pool, args.jobs, progress.add)
+        summary = report.Summary(exercise)
+
+        def decided() -> Iterator[tuple[str, Any]]:
+            for student, result in batch.rows(submissions, settings, out):
+                yield student, batch.overridden(student, result, overrides)
+
+        for student, result in decided():
+            summary.add(student, result)
+            page = report.feedback(student, result, exercise)
+            batch.write(out / "feedback" / report.feedback_name(student), page)
+        batch.write(out / "grades.csv", batch.table(decided()))
+        batch.write(out / "grades.json", batch.as_json(decided()))
+        batch.write(out / "summary.html", summary.page())
+    except batch.GradesError as error:
+        raise UsageError(str(error)) from error
+    finally:
+        progress.end()
+        pool.shutdown(wait=True, cancel_futures=True)
+    counts = ", ".join(
+        f"{n} {status}" for status, n in sorted(summary.statuses.items())
+    )
+    print(f"{len(submissions)} submissions: {counts}. {out / 'summary.html'}")
+    return 0
+
+
+class _Progress:
+    """One line on the terminal: how many are done, and about how long the rest takes."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.new = total, 0, 0
+        self.begin = time.monotonic()
+
+    def add(self, _submission: object, _result: object, stored: bool) -> None:
+        self.done += 1
+        self.new += not stored
+        spent = time.monotonic() - self.begin
+        left = spent / self.new * (self.total - self.done) if self.new else 0.0
+        line = f"{self.done} of {self.total} graded"
+        if left:
+            line += (
+                f", about {left / 60:.0f} min left"
+                if left > 90
+                else f", about {left:.0f} s left"
+            )
+        print(f"\r{line:<60}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        print(file=sys.stderr)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from moe_course.doctor import report
 
@@ -181,6 +274,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("notebooks", nargs="+", metavar="NOTEBOOK_OR_FOLDER")
     check.set_defaults(run=_check)
+    grade = commands.add_parser(
+        "grade",
+        help="grade the notebooks of a class, each in a sandbox",
+        description="Exit code 0 when every submission has a result, whatever the marks. Stopped at any moment, the "
+        "same command goes on.",
+    )
+    grade.add_argument("submissions", nargs="+", metavar="FILE_FOLDER_OR_ZIP")
+    grade.add_argument("--exercise", required=True, metavar="NN")
+    grade.add_argument("-o", "--out", required=True, metavar="FOLDER")
+    grade.add_argument(
+        "-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N"
+    )
+    grade.add_argument(
+        "--seed", default="", help="of the random draws: one per class, and secret"
+    )
+    grade.add_argument(
+        "--private-checks",
+        default="",
+        metavar="FOLDER",
+        help="with your own NN_topic.py",
+    )
+    grade.add_argument(
+        "--overrides",
+        metavar="CSV",
+        help="student, question, points, reason: settled by hand",
+    )
+    grade.add_argument(
+        "--unsafe-no-sandbox", action="store_true", help="run submissions as you"
+    )
+    grade.set_defaults(run=_grade)
     count = commands.add_parser(
         "count", help="count the parameters of a published config.json"
     )

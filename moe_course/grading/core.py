@@ -23,6 +23,9 @@ from typing import Any
 CHECKS = Path(__file__).parent / "checks"
 
 MOST_ENTRIES = 24  # of a tensor that a message spells out
+# What runs between a check and an answer in another process, and is no answer.
+PLUMBING = {__name__, *(f"{__package__}.{m}" for m in ("judge", "sandbox", "wire"))}
+
 LONGEST = 300  # characters of anything a learner's code hands us
 
 PASSED, FAILED, NOT_REACHED = "passed", "failed", "not reached"
@@ -38,6 +41,10 @@ class Failure(AssertionError):
     def __init__(self, text: str, hint: bool = True) -> None:
         super().__init__(text)
         self.hint = hint
+
+
+class RemoteError(Exception):
+    """A learner's function that runs in another process raised; the text says what and where."""
 
 
 class PackageAnswer(Exception):
@@ -187,7 +194,11 @@ def _watch(allowed: tuple[str, ...], used: set[str]) -> Any:
             return
         module = frame.f_globals.get("__name__") or ""
         ours = module == "moe_course" or module.startswith("moe_course.")
-        if ours and module != __name__ and not module.startswith(allowed or ("\0",)):
+        if (
+            ours
+            and module not in PLUMBING
+            and not module.startswith(allowed or ("\0",))
+        ):
             used.add(f"{module}.{frame.f_code.co_qualname}")
 
     before = sys.getprofile()
@@ -200,6 +211,8 @@ def _watch(allowed: tuple[str, ...], used: set[str]) -> Any:
 
 def _own_line(error: BaseException) -> str:
     """The learner's own line that failed: the last frame outside this package and the standard library."""
+    if isinstance(error, RemoteError):
+        return str(error)
     library = str(Path(random.__file__).parent)
     here = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
@@ -231,6 +244,9 @@ class Answer:
         try:
             with _watch(self.allowed, used):
                 result = self.function(*given[0], **given[1])
+        except Failure as failure:  # of a function that lives in another process
+            text = f"{describe(*args, **kwargs)}: {failure}"
+            raise Failure(text, hint=False) from failure
         except (Exception, SystemExit) as error:
             if used:
                 raise PackageAnswer(", ".join(sorted(used))) from error
@@ -360,7 +376,7 @@ def case_size(case: dict[str, Any]) -> int:
     return sum(value for value in case.values() if isinstance(value, int))
 
 
-def grade(question: Question, function: Any, seed: int | None = None) -> Outcome:
+def grade(question: Question, function: Any, seed: int | str | None = None) -> Outcome:
     """Run a question's invariants on an answer. The same seed draws the same cases."""
     if not callable(function):
         missing = "is missing: run the cell that defines it"

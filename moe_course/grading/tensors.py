@@ -92,6 +92,9 @@ class _Largest(TorchDispatchMode):
 
 def largest_tensor(function: Callable[..., Any], **case: Any) -> int:
     """Entries of the largest tensor that a call makes, its storage counted, views not twice."""
+    elsewhere = getattr(function, "largest_tensor", None)
+    if elsewhere is not None:  # a function that runs in another process
+        return int(elsewhere(**case))
     with _Largest() as largest:
         function(**case)
     return largest.entries

@@ -1,0 +1,334 @@
+"""Grading a class: one result per submission whatever happens, resumed where it was stopped, and the tables of it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moe_course.grading import core
+from moe_course.grading.core import Invariant, load_exercise
+from moe_course.grading.judge import (
+    GRADED,
+    NEEDS_REVIEW,
+    UNREADABLE,
+    Private,
+    Result,
+    Verdict,
+    judge,
+    nothing_graded,
+)
+from moe_course.grading.run import UnreadableError
+from moe_course.grading.sandbox import Limits, Sandbox
+from moe_course.grading.submissions import Submission, code_cells
+
+Overrides = dict[tuple[str, str], tuple[int, str]]
+COLUMNS = ("student", "question", "points", "status", "reason", "seconds")
+FIRST_USER = 61_000  # a judge that is root gives each worker a user of its own
+USERS = 4_000
+
+
+class GradesError(RuntimeError):
+    """Results cannot be read or written; the text says where and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a batch is graded with: the same settings and submission give the same points."""
+
+    exercise: str
+    seed: str = ""
+    private: str = ""  # folder of an instructor's own checks
+    limits: Limits = field(default_factory=Limits)
+    sandboxed: bool = True
+
+    @property
+    def digest(self) -> str:
+        """Changes with the seed, the limits and the text of every check."""
+        parts = [repr(replace(self, private=""))]
+        files = [core.CHECKS / f"{load_exercise(self.exercise).stem}.py"]
+        files += [Path(core.__file__), Path(core.__file__).with_name("tensors.py")]
+        files += [path for path in [self._private_file()] if path is not None]
+        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _private_file(self) -> Path | None:
+        if not self.private:
+            return None
+        return Path(self.private) / f"{load_exercise(self.exercise).stem}.py"
+
+    def private_checks(self) -> Private:
+        """The instructor's invariants: PRIVATE in NN_topic.py, a dict from question to a tuple of Invariant.
+
+        Raises ValueError that says what is wrong with the file.
+        """
+        path = self._private_file()
+        if path is None:
+            return {}
+        if not path.is_file():
+            raise ValueError(f"{path}: no private checks of exercise {self.exercise}")
+        spec = importlib.util.spec_from_file_location("private_checks", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            private = dict(module.PRIVATE)
+        except Exception as error:
+            raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+        known = {question.id for question in load_exercise(self.exercise).questions}
+        for question, invariants in private.items():
+            if question not in known:
+                raise ValueError(f"{path}: there is no question {question!r}")
+            if not all(isinstance(one, Invariant) for one in invariants):
+                raise ValueError(
+                    f"{path}: {question} holds something that is no Invariant"
+                )
+        return private
+
+
+# --- One submission, in a process of the pool ----------------------------------------
+
+_spare: Sandbox | None = (
+    None  # the next worker, which imports torch while this one is in use
+)
+_users = 0
+
+
+def _fresh(settings: Settings) -> Sandbox:
+    """A worker that nothing has run in, and the start of the next."""
+    global _spare
+    ready = _spare or _start(settings)
+    _spare = _start(settings)
+    return ready
+
+
+def _start(settings: Settings) -> Sandbox:
+    global _users
+    _users += 1
+    user = FIRST_USER + (os.getpid() * 61 + _users) % USERS
+    return Sandbox(settings.limits, user, unsafe=not settings.sandboxed)
+
+
+def close_spare() -> None:
+    global _spare
+    if _spare is not None:
+        _spare.close()
+        _spare = None
+
+
+def grade_one(submission: Submission, settings: Settings) -> Result:
+    """A pure function of the submission and the settings, but for its seconds."""
+    if submission.reason:
+        return nothing_graded(settings.exercise, UNREADABLE, submission.reason)
+    private = settings.private_checks()
+    try:
+        cells = code_cells(submission.content, settings.exercise)
+    except UnreadableError as error:
+        return nothing_graded(settings.exercise, UNREADABLE, str(error), private)
+    return judge(
+        cells,
+        settings.exercise,
+        lambda: _fresh(settings),
+        seed=settings.seed,
+        private=private,
+        limits=settings.limits,
+        sandboxed=settings.sandboxed,
+    )
+
+
+# --- A batch -------------------------------------------------------------------------
+
+
+def grade_batch(
+    submissions: Iterable[Submission],
+    settings: Settings,
+    out: Path,
+    executor: Executor,
+    jobs: int,
+    on_done: Callable[[Submission, Result, bool], None] | None = None,
+) -> None:
+    """Grade what has no result in `out` yet. Stopped at any moment, the same call goes on; no result is made twice.
+
+    Raises GradesError where a result cannot be written: those before it stay.
+    """
+    digest = settings.digest
+    waiting: dict[Future[Result], Submission] = {}
+
+    def finish(done: Iterable[Future[Result]]) -> None:
+        for future in done:
+            submission = waiting.pop(future)
+            try:
+                result = future.result()
+            except Exception as error:
+                # Of the judge or the machine, and not the submission's: said so, for a person to look at.
+                reason = f"the judge itself failed ({type(error).__name__}: {error})"
+                result = nothing_graded(settings.exercise, NEEDS_REVIEW, reason)
+            _store(out, submission, digest, result)
+            if on_done is not None:
+                on_done(submission, result, False)
+
+    for submission in submissions:
+        before = _stored(out, submission, digest)
+        if before is not None:
+            if on_done is not None:
+                on_done(submission, before, True)
+            continue
+        # A window of them: memory does not grow with the class.
+        if len(waiting) >= 2 * jobs:
+            finish(wait(waiting, return_when=FIRST_COMPLETED).done)
+        waiting[executor.submit(grade_one, submission, settings)] = submission
+    while waiting:
+        finish(wait(waiting, return_when=FIRST_COMPLETED).done)
+
+
+def _result_path(out: Path, submission: Submission) -> Path:
+    name = hashlib.sha256(submission.student.encode()).hexdigest()[:24]
+    return out / "results" / f"{name}.json"
+
+
+def _stored(out: Path, submission: Submission, digest: str) -> Result | None:
+    """The result of exactly this submission under exactly these settings, if there is one."""
+    try:
+        raw = json.loads(_result_path(out, submission).read_text("utf-8"))
+        if raw["graded_with"] != digest or raw["submission"] != submission.digest:
+            return None
+        return _result(raw["result"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _result(raw: dict[str, Any]) -> Result:
+    verdicts = tuple(
+        Verdict(**v | {"lines": tuple(v["lines"])}) for v in raw["verdicts"]
+    )
+    return Result(**raw | {"verdicts": verdicts, "troubles": tuple(raw["troubles"])})
+
+
+def _store(out: Path, submission: Submission, digest: str, result: Result) -> None:
+    content = {
+        "student": submission.student,
+        "file": submission.name,
+        "submission": submission.digest,
+        "graded_with": digest,
+        "result": asdict(result),
+    }
+    write(_result_path(out, submission), json.dumps(content, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises GradesError that says what is left."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise GradesError(
+            f"cannot write {path}: {error.strerror}. What was graded before is kept: make room or give "
+            "another folder with -o, and run the same command again"
+        ) from error
+
+
+def rows(
+    submissions: Iterable[Submission], settings: Settings, out: Path
+) -> Iterator[tuple[str, Result]]:
+    """Student and result of every submission, in their order. Raises GradesError where one has none."""
+    digest = settings.digest
+    for submission in submissions:
+        result = _stored(out, submission, digest)
+        if result is None:
+            raise GradesError(f"{submission.student} has no result in {out}")
+        yield submission.student, result
+
+
+# --- Overrides and tables ------------------------------------------------------------
+
+
+def read_overrides(path: Path, most: dict[str, int]) -> Overrides:
+    """Points and reason by student and question, from a CSV with these four columns; `most` points by question.
+
+    Raises GradesError that names the line that cannot be followed.
+    """
+    found: Overrides = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            if not {"student", "question", "points", "reason"} <= set(
+                reader.fieldnames or ()
+            ):
+                raise GradesError(
+                    f"{path}: needs the columns student, question, points and reason"
+                )
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if row["question"] not in most:
+                    raise GradesError(
+                        f"{where}: there is no question {row['question']!r}"
+                    )
+                points = row["points"] or ""
+                if not points.isdecimal() or int(points) > most[row["question"]]:
+                    raise GradesError(
+                        f"{where}: points must be 0 to {most[row['question']]}, got {points!r}"
+                    )
+                found[row["student"], row["question"]] = (
+                    int(points),
+                    row["reason"] or "",
+                )
+    except OSError as error:
+        raise GradesError(f"cannot read {path}: {error.strerror}") from error
+    return found
+
+
+def overridden(student: str, result: Result, overrides: Overrides) -> Result:
+    """The result with a person's decisions in place of the judge's."""
+    verdicts = tuple(
+        replace(v, points=overrides[student, v.question][0], status=GRADED,
+                reason=f"set by hand: {overrides[student, v.question][1]}")
+        if (student, v.question) in overrides
+        else v
+        for v in result.verdicts
+    )  # fmt: skip
+    open_ones = [v.status for v in verdicts if v.status != GRADED]
+    settled = verdicts != result.verdicts and not open_ones
+    return replace(
+        result, verdicts=verdicts, status=GRADED if settled else result.status
+    )
+
+
+def table(results: Iterable[tuple[str, Result]]) -> str:
+    """grades.csv: a row for each student and question. Seconds are those of the judge's work on it."""
+    from io import StringIO
+
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for student, result in results:
+        for v in result.verdicts:
+            reason = " ".join(v.reason.split())
+            row = (student, v.question, v.points, v.status, reason, f"{v.seconds:.2f}")
+            writer.writerow([_plain(str(cell)) for cell in row])
+    return text.getvalue()
+
+
+def _plain(cell: str) -> str:
+    """A spreadsheet runs what begins like a formula: students choose their file names and messages."""
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+
+
+def as_json(results: Iterable[tuple[str, Result]]) -> str:
+    """grades.json: everything that is known of every submission."""
+    return json.dumps([{"student": s} | asdict(r) for s, r in results], indent=1) + "\n"

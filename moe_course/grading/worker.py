@@ -1,0 +1,299 @@
+"""The process that runs a submission, inside the sandbox. It needs Python, torch and `wire`, and nothing of the judge.
+
+It executes the cells that it is sent, calls the functions that they define, and answers over two pipes. Nothing that it
+says is believed: it returns values, and what they should have been never comes here.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import linecache
+import os
+import signal
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+# The sandbox binds wire.py and this file into a folder of this name.
+from moe_judge import wire  # type: ignore[import-not-found]
+
+TEXT = 300  # characters of an error's message
+
+
+class Channel:
+    """Messages over two file descriptors that no submission needs to know."""
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        self.incoming, self.outgoing = incoming, outgoing
+
+    def _read(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            part = os.read(self.incoming, min(size - len(parts), 2**20))
+            if not part:
+                os._exit(0)  # the judge has gone
+            parts += part
+        return bytes(parts)
+
+    def receive(self) -> tuple[dict[str, Any], memoryview]:
+        header = self._read(wire.HEADER.size)
+        return wire.unpack(header, self._read(wire.HEADER.unpack(header)[0]))
+
+    def send(self, message: dict[str, Any], blobs: list[bytes]) -> None:
+        data = memoryview(wire.pack(message, blobs))
+        while data:
+            data = data[os.write(self.outgoing, data) :]
+
+
+class Worker:
+    """One submission: its names, and the objects and gradients that the judge holds handles of."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.objects: list[Any] = []
+        self.graphs: dict[int, tuple[list[Any], list[Any]]] = {}
+        self.names: dict[str, Any] = _course(
+            types.ModuleType("__main__").__dict__ | {"__builtins__": builtins}
+        )
+
+    # --- Cells ---
+
+    def cell(self, source: str, number: int) -> dict[str, Any]:
+        name = f"<cell {number}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        try:
+            tree = ast.parse(source, name)
+            exec(compile(tree, name, "exec"), self.names)
+        except BaseException as error:
+            return {"error": describe(error)}
+        return {}
+
+    # --- Calls ---
+
+    def call(self, message: dict[str, Any], blobs: memoryview) -> tuple[Any, ...]:
+        target = message["target"]
+        function: Any = (
+            self.names.get(target) if isinstance(target, str) else self.objects[target]
+        )
+        leaves: list[Any] = []
+        args, kwargs = wire.decode(message["arguments"], blobs, self._callback, leaves)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        before = wire.decode(message["arguments"], blobs, self._callback)
+        largest = 0
+        try:
+            if message.get("measure"):
+                with _largest() as seen:
+                    result = function(*args, **kwargs)
+                largest = seen.entries
+            else:
+                result = function(*args, **kwargs)
+        except BaseException as error:
+            return {"error": describe(error)}, []
+        changed = not _alike((args, kwargs), before)
+        out: list[bytes] = []
+        differentiable: list[Any] = []
+
+        def handle(value: Any) -> list[Any] | None:
+            if callable(value):
+                self.objects.append(value)
+                return ["object", len(self.objects) - 1]
+            return None
+
+        coded = wire.encode(result, out, handle)
+        _collect(result, differentiable)
+        if leaves and any(t.requires_grad for t in differentiable):
+            self.graphs[message["id"]] = (leaves, differentiable)
+        return {"value": coded, "changed": changed, "largest": largest}, out
+
+    def _callback(self, coded: list[Any]) -> Callable[..., Any]:
+        """A function of the judge's, given as an argument: calling it asks the judge."""
+        kind, number = coded
+        if kind != "callback":
+            raise wire.WireError("a value of no known kind")
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            blobs: list[bytes] = []
+            arguments = wire.encode((args, kwargs), blobs)
+            self.channel.send({"callback": number, "arguments": arguments}, blobs)
+            message, raw = self.channel.receive()
+            if "error" in message:
+                raise RuntimeError(message["error"])
+            return wire.decode(message["value"], raw)
+
+        return ask
+
+    def backward(self, message: dict[str, Any], blobs: memoryview) -> tuple[Any, ...]:
+        import torch
+
+        leaves, outputs = self.graphs[message["graph"]]
+        given = wire.decode(message["gradients"], blobs)
+        pairs = [
+            (o, g)
+            for o, g in zip(outputs, given, strict=True)
+            if o.requires_grad and g is not None
+        ]
+        try:
+            gradients = torch.autograd.grad(
+                [o for o, _ in pairs],
+                leaves,
+                [g for _, g in pairs],
+                allow_unused=True,
+                retain_graph=True,
+            )
+        except BaseException as error:
+            return {"error": describe(error)}, []
+        out: list[bytes] = []
+        return {"value": wire.encode(list(gradients), out)}, out
+
+    def serve(self) -> None:
+        while True:
+            message, blobs = self.channel.receive()
+            try:
+                kind, out = message["do"], []
+                if kind == "cell":
+                    reply = self.cell(message["source"], message["number"])
+                elif kind == "names":
+                    reply = {"value": [_kind(self.names, n) for n in message["names"]]}
+                elif kind == "call":
+                    reply, out = self.call(message, blobs)
+                else:
+                    reply, out = self.backward(message, blobs)
+                self.channel.send({"id": message["id"]} | reply, out)
+            except wire.WireError as error:
+                text = f"what your code returned is {error}"
+                self.channel.send({"id": message["id"], "error": ["", text, ""]}, [])
+
+
+def _kind(names: dict[str, Any], name: str) -> str:
+    if name not in names or names[name] is None:
+        return "missing"
+    return (
+        "callable" if callable(names[name]) else str(type(names[name]).__name__)[:100]
+    )
+
+
+def _collect(value: Any, tensors: list[Any]) -> None:
+    """The plain tensors of a value, in the order in which `encode` sends them."""
+    import torch
+
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        tensors.append(value)
+    elif type(value) in (list, tuple):
+        for entry in value:
+            _collect(entry, tensors)
+    elif type(value) is dict:
+        for entry in value.values():
+            _collect(entry, tensors)
+
+
+def _alike(now: Any, before: Any) -> bool:
+    """Whether arguments are as they were sent."""
+    import torch
+
+    if isinstance(before, torch.Tensor):
+        if type(now) is not torch.Tensor or now.shape != before.shape:
+            return False
+        now = now.detach()
+        return now.dtype == before.dtype and bool(
+            ((now == before) | ((now != now) & (before != before))).all()
+        )
+    if isinstance(before, (list, tuple)):
+        return len(now) == len(before) and all(map(_alike, now, before))
+    if isinstance(before, dict):
+        return now.keys() == before.keys() and all(
+            _alike(now[k], before[k]) for k in before
+        )
+    return callable(before) or (type(now) is type(before) and now == before)
+
+
+def describe(error: BaseException) -> list[str]:
+    """Type, message and the learner's own line of an error; none of the three can fail."""
+    try:
+        text = str(error)[:TEXT]
+    except BaseException:
+        text = ""
+    line = ""
+    try:
+        if isinstance(error, SyntaxError):
+            line = (
+                f"line {error.lineno} of your cell: {(error.text or '').strip()[:TEXT]}"
+            )
+            text = str(error.msg)[:TEXT]
+        else:
+            own = [
+                f
+                for f in traceback.extract_tb(error.__traceback__)
+                if f.filename.startswith("<cell ")
+            ]
+            if own and own[-1].line:
+                line = f"line {own[-1].lineno} of your cell: {own[-1].line[:TEXT]}"
+    except BaseException:
+        pass
+    return [type(error).__name__[:100], text, line]
+
+
+def _largest() -> Any:
+    # Defined here: the classes of torch are imported when the worker starts, not with this file.
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Largest(TorchDispatchMode):
+        """Remembers the most entries of any tensor that an operation makes."""
+
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.entries = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            sizes = [
+                leaf.untyped_storage().nbytes() // leaf.element_size()
+                for leaf in tree_leaves(made)
+                if hasattr(leaf, "untyped_storage")
+            ]
+            self.entries = max([self.entries, *sizes])
+            return made
+
+    return Largest()
+
+
+def _course(names: dict[str, Any]) -> dict[str, Any]:
+    """A moe_course that has nothing but the calls of an exercise notebook, which do nothing here."""
+    course, grading = (
+        types.ModuleType("moe_course"),
+        types.ModuleType("moe_course.grading"),
+    )
+    course.__path__ = []
+    course.grading = grading  # type: ignore[attr-defined]
+    for name in ("check", "total", "solution"):
+        setattr(grading, name, lambda *args, **kwargs: True)
+    sys.modules["moe_course"], sys.modules["moe_course.grading"] = course, grading
+    names["get_ipython"] = lambda: None
+    names["display"] = lambda *args, **kwargs: None
+    names["__name__"] = "__main__"
+    return names
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # The learner's prints go nowhere; the pipes get numbers of their own.
+    channel = Channel(os.dup(0), os.dup(1))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nothing, fd)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.ones(2, requires_grad=True).sum().backward()  # threads and tables of autograd
+    channel.send({"ready": True}, [])
+    Worker(channel).serve()
+
+
+if __name__ == "__main__":
+    main()
