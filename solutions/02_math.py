@@ -22,8 +22,9 @@
 #
 # </div>
 #
-# As in exercise 01: fill in the functions, run the cell under each. Sizes are random, ragged ones included; so are
-# types: return the type that you were given. Calls into `moe_course` earn nothing here, torch is all you need.
+# As in exercise 01: fill in the functions, run the cell under each. Sizes are random, ragged ones included, and there
+# may be no tokens at all; types are random too: return the type that you were given. Calls into `moe_course` earn
+# nothing here, torch is all you need.
 # Letters are those of the course: `T` tokens, `E` experts, `K` or `k` experts per token, `D` width, `F` hidden width,
 # `C` capacity.
 
@@ -99,8 +100,9 @@ check("02.2", biased_gate)
 # ```
 #
 # It has two bugs. A token that lost one of its two experts gets the other one's output at full weight, as if nothing
-# had been dropped, and a token that lost both gets NaN. What should they get? Write it right. One more trap: the
-# outputs of dropped slots were never computed, so they may hold anything, NaN included.
+# had been dropped, and a token that lost both gets NaN. What should they get? Write it right; the weights of a token
+# need not sum to 1. One more trap: the outputs of dropped slots were never computed, so they may hold anything, NaN
+# and infinity included. A NaN in a kept slot was computed: it is a bug somewhere else and must stay visible.
 
 
 # %% tags=["02.3"]
@@ -151,7 +153,9 @@ check("02.4", sort_slots)
 # W_{\text{down},e}\,(\text{silu}(W_{\text{gate},e}\,x) \odot W_{\text{up},e}\,x)$. Sort the slots, gather their rows
 # of `x`, run each expert on its own rows, weight, and add back to the tokens. Your `sort_slots` may help.
 #
-# The check measures the largest tensor that you make: `w_up[expert_ids]` would copy a whole matrix for each slot.
+# The check measures the largest tensor that you make (`w_up[expert_ids]` would copy a whole matrix for each slot) and
+# the FLOPs of your matrix products (every expert on every token would be $E / K$ times the work). The weights of a
+# token need not sum to 1.
 
 
 # %% tags=["02.5"]

@@ -54,20 +54,24 @@ def compare(got: Any, want: Any, what: str) -> None:
         raise Failure(
             f"{what}:\n    expected {want.dtype}, got {got.dtype}", hint=False
         )
-    if not close(got.detach(), want):
-        raise Failure(
-            f"{what}:\n    expected {shown(want)},\n    got      {shown(got)}"
-        )
+    got = Tensor.detach(got)  # got.detach() could be an attribute of the object
+    wrong = differing(got, want)
+    if bool(wrong.any()):
+        text = f"{what}:\n    expected {shown(want)},\n    got      {shown(got)}"
+        if shown(got) == shown(want):  # too large to spell out, or alike when rounded
+            at = tuple(wrong.nonzero()[0].tolist())
+            entries = f"expected {want[at].item()}, got {got[at].item()}"
+            text += f"\n    first different at {list(at)}: {entries}"
+        raise Failure(text)
 
 
-def close(got: Tensor, want: Tensor) -> bool:
+def differing(got: Tensor, want: Tensor) -> Tensor:
+    """Where two tensors of one shape and type are not equal, up to rounding; a NaN is equal to nothing."""
     if not want.is_floating_point():
-        return bool((got == want).all())
+        return got != want
     scale = float(want.abs().max()) if want.numel() else 0.0
     tolerance = TOLERANCE[want.dtype] * max(scale, 1e-3)
-    return bool(
-        ((got - want).abs() <= tolerance).all()
-    )  # false where either holds a NaN
+    return ~((got - want).abs() <= tolerance)
 
 
 class _Largest(TorchDispatchMode):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_course.grading.core import (
     Answer,
@@ -19,6 +20,7 @@ from moe_course.grading.core import (
     Question,
     describe,
     expect_count,
+    shown,
 )
 from moe_course.grading.tensors import compare, expect_tensor, largest_tensor
 
@@ -63,11 +65,15 @@ def _gate_values(answer: Answer, rng: Random) -> None:
 def _gate_limits(answer: Answer, rng: Random) -> None:
     ties = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     cases = [{"logits": ties, "k": k} for k in (1, 2, 3, 4)]
+    # Nearly equal is not equal: no tie to be broken by a small number added to each logit.
+    nearly = torch.tensor([[0.0, 1e-12, 2e-12]], dtype=torch.float64)
+    # exp overflows unless each row's own maximum is taken off, and -999 is no minus infinity
     large = torch.tensor(
-        [[1000.0, 999.0, -1000.0]]
-    )  # exp overflows unless the maximum is taken off
-    cases += [{"logits": large, "k": 2}, {"logits": torch.zeros(0, 5), "k": 2}]
-    # 17 equal logits and more: from there on torch.topk no longer keeps their order
+        [[1000.0, 999.0, -1000.0], [-1000.0, -1001.0, -1002.0]], dtype=torch.float64
+    )
+    cases += [{"logits": nearly, "k": 1}, {"logits": large, "k": 2}]
+    cases.append({"logits": torch.zeros(0, 5), "k": 2})
+    # 17 equal logits and more: from there on torch.argsort no longer keeps their order
     cases.append({"logits": torch.zeros(3, 64), "k": 8})
     expect_tensor(answer, cases, _gate_matrix)
 
@@ -91,7 +97,19 @@ def _biased_values(answer: Answer, rng: Random) -> None:
         "k": 2,
         "scale": 1.0,
     }
-    cases: list[dict[str, Any]] = [by_hand]
+    # All biased scores negative, and sigmoid and softmax pick different experts.
+    negative = torch.tensor([-1.0, -1.2, -1.3])
+    # Sigmoids near 0: nothing may be added to their sum.
+    small = {
+        "logits": torch.tensor([[-20.0, -21.0, -30.0]], dtype=torch.float64),
+        "bias": torch.zeros(3, dtype=torch.float64),
+    }
+    cases: list[dict[str, Any]] = [
+        by_hand,
+        by_hand | {"k": 1, "scale": 2.5},
+        by_hand | {"bias": negative},
+        by_hand | small,
+    ]
     for tokens, experts in ((2, 3), (6, 5), (11, 8)):
         case = {"logits": _normal(rng, tokens, experts), "bias": _normal(rng, experts)}
         cases.append(case | {"k": rng.randint(1, experts - 1), "scale": 2.5})
@@ -119,6 +137,8 @@ def _bias_gradient(answer: Answer, rng: Random) -> None:
         raise Failure(
             f"{describe(**case)}:\n    the bias has a gradient; load balancing sets it, not the loss"
         )
+    if given["logits"].grad is None:
+        raise Failure(f"{describe(**case)}:\n    no gradient reaches the logits")
     compare(
         given["logits"].grad, logits.grad, f"{describe(**case)}, gradient of the logits"
     )
@@ -141,27 +161,40 @@ def _combine_case(
     rng: Random, tokens: int, k: int, width: int, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     keep = torch.rand(tokens, k, generator=_generator(rng)) < 0.6
-    if tokens:
-        keep[0] = False  # a token of which nothing was kept
+    if tokens > 1:
+        keep[0], keep[-1] = False, True  # nothing of a token was kept, all of another
     outputs, weights = (
         _normal(rng, tokens, k, width, dtype=dtype),
-        _normal(rng, tokens, k, dtype=dtype).softmax(-1),
+        _normal(rng, tokens, k, dtype=dtype).sigmoid(),  # their sum is not 1
     )
     return {"outputs": outputs, "weights": weights, "keep": keep}
 
 
 def _combine_values(answer: Answer, rng: Random) -> None:
-    sizes = ((1, 1, 2), (2, 2, 3), (5, 3, 4), (9, 2, 7))
+    sizes = ((1, 1, 2), (2, 2, 3), (5, 1, 2), (5, 3, 4), (9, 4, 7))
     expect_tensor(answer, [_combine_case(rng, *size) for size in sizes], _combine)
 
 
 def _combine_limits(answer: Answer, rng: Random) -> None:
     cases = [_combine_case(rng, 0, 2, 3), _combine_case(rng, 4, 2, 3, torch.float32)]
-    broken = _combine_case(rng, 3, 2, 2)
-    broken["outputs"][~broken["keep"]] = float(
-        "nan"
-    )  # what an expert never computed may hold anything
-    expect_tensor(answer, [*cases, broken], _combine)
+    # What an expert never computed may hold anything.
+    for anything in (float("nan"), float("inf")):
+        broken = _combine_case(rng, 3, 2, 2)
+        broken["keep"] = torch.tensor([[False, False], [True, False], [False, True]])
+        broken["outputs"][~broken["keep"]] = anything
+        cases.append(broken)
+    expect_tensor(answer, cases, _combine)
+
+    # ... but a NaN that was computed is news, and has to show.
+    diverged = _combine_case(rng, 2, 2, 2)
+    diverged["keep"] = torch.tensor([[True, False], [True, True]])
+    diverged["outputs"][1, 0] = float("nan")
+    got = answer(**diverged)
+    compare(got[:1], _combine(**diverged)[:1], f"{describe(**diverged)}, token 0")
+    if not bool(got[1].isnan().all()):
+        raise Failure(
+            f"{describe(**diverged)}:\n    token 1 kept a slot that holds NaN: expected NaN, got {shown(got[1])}"
+        )
 
 
 # 02.4
@@ -240,7 +273,7 @@ def _moe_case(
     return {
         "x": _normal(rng, tokens, width),
         "expert_ids": _ids(rng, tokens, k, experts),
-        "weights": _normal(rng, tokens, k).softmax(-1),
+        "weights": _normal(rng, tokens, k).sigmoid(),  # their sum is not 1
         "w_gate": _normal(rng, experts, hidden, width) / width**0.5,
         "w_up": _normal(rng, experts, hidden, width) / width**0.5,
         "w_down": _normal(rng, experts, width, hidden) / hidden**0.5,
@@ -249,7 +282,12 @@ def _moe_case(
 
 def _moe_values(answer: Answer, rng: Random) -> None:
     sizes = ((1, 1, 2, 2, 3), (3, 2, 3, 4, 5), (17, 2, 5, 6, 3), (30, 3, 4, 5, 7))
-    expect_tensor(answer, [_moe_case(rng, *size) for size in sizes], _sorted_moe)
+    cases = [_moe_case(rng, *size) for size in sizes]
+    single = {
+        n: v.float() if v.is_floating_point() else v
+        for n, v in _moe_case(rng, 2, 1, 3, 2, 3).items()
+    }
+    expect_tensor(answer, [*cases, single], _sorted_moe)
 
 
 def _moe_limits(answer: Answer, rng: Random) -> None:
@@ -289,9 +327,10 @@ def _moe_gradients(answer: Answer, rng: Random) -> None:
         compare(mine, right, f"{describe(**case)}, gradient of {name}")
 
 
-def _moe_memory(answer: Answer, rng: Random) -> None:
-    tokens, k, experts, width, hidden = 256, 2, 4, 16, 32
+def _moe_work(answer: Answer, rng: Random) -> None:
+    tokens, k, experts, width, hidden = 256, 2, 16, 16, 32
     case = _moe_case(rng, tokens, k, experts, width, hidden)
+    expect_tensor(answer, [case], _sorted_moe)
     most = largest_tensor(answer.function, **case)
     # Rows of slots or the experts' own weights are fine; a copy of weights for each slot is not.
     allowed = 4 * max(tokens * k * hidden, experts * hidden * width)
@@ -299,6 +338,14 @@ def _moe_memory(answer: Answer, rng: Random) -> None:
         raise Failure(
             f"{describe(**case)}:\n    your largest tensor has {most:,} entries; "
             f"all slots' hidden rows together are {tokens * k * hidden:,}"
+        )
+    with FlopCounterMode(display=False) as counter:
+        answer.function(**case)
+    # Every expert on every token would be experts / k = 8 times as much; rows padded to the longest run are fine.
+    done, needed = counter.get_total_flops(), 2 * tokens * k * 3 * hidden * width
+    if done > 3 * needed:
+        raise Failure(
+            f"{describe(**case)}:\n    your matrix products take {done:,} FLOPs; those of the slots take {needed:,}"
         )
 
 
@@ -337,13 +384,11 @@ def _dispatch_drops(answer: Answer, rng: Random) -> None:
         _dispatch_case(rng, *size)
         for size in ((4, 2, 1), (9, 3, 2), (20, 4, 3), (0, 3, 2))
     ]
-    cases.append(
-        {
-            "expert_ids": torch.zeros(5, dtype=torch.int64),
-            "num_experts": 2,
-            "capacity": 2,
-        }
-    )
+    late = torch.tensor([0, 0, 0, 0, 0, 1])  # the last token finds an empty buffer
+    cases.append({"expert_ids": late, "num_experts": 2, "capacity": 2})
+    # bfloat16 counts to 256 only
+    many = torch.zeros(300, dtype=torch.int64)
+    cases.append({"expert_ids": many, "num_experts": 2, "capacity": 299})
     expect_tensor(answer, cases, _dispatch_tensor)
 
 
@@ -368,7 +413,14 @@ def _gradient_values(answer: Answer, rng: Random) -> None:
                 "grad_weights": _normal(rng, tokens, k),
             }
         )
-    for case in cases:
+    single = {
+        "logits": _normal(rng, 2, 4, dtype=torch.float32),
+        "k": 2,
+        "grad_weights": _normal(rng, 2, 2, dtype=torch.float32),
+    }
+    # A common offset changes nothing, except for finite differences: they drown in rounding.
+    offset = cases[1] | {"logits": cases[1]["logits"] + 1e5}
+    for case in [*cases, single, offset]:
         want = _gate_gradient(**case)
         with torch.inference_mode():  # the closed form is asked for, not autograd
             got = answer(**case)
@@ -383,9 +435,10 @@ def _gradient_of_one(answer: Answer, rng: Random) -> None:
     }
     with torch.inference_mode():
         got = answer(**case)
-    if not isinstance(got, Tensor) or got.shape != (4, 6) or bool(got.any()):
+    compare(got, torch.zeros(4, 6, dtype=torch.float64), describe(**case))
+    if bool(got.any()):
         raise Failure(
-            f"{describe(**case)}:\n    expected exactly 0 everywhere: one weight alone is always 1"
+            f"{describe(**case)}:\n    expected exactly 0 everywhere, got {shown(got)}"
         )
 
 
@@ -422,6 +475,9 @@ def _flops_cases(rng: Random, training: bool) -> list[dict[str, Any]]:
                 "tokens": rng.randint(1, 99),
             }
         )
+    # Of a whole training run: an odd count beyond 2^53 does not survive a float.
+    run = {"width": 511, "hidden": 301, "experts": 65, "k": 3, "shared": 1}
+    cases.append(run | {"tokens": 10**13 + 1})
     return [case | {"training": training} for case in cases]
 
 
@@ -460,7 +516,8 @@ EXERCISE = Exercise(
                     "breaks ties by the lowest expert, and survives large logits",
                     1,
                     _gate_limits,
-                    "torch.topk promises no order among equal logits: sort stably. And use torch.softmax.",
+                    "torch.topk promises no order among equal logits: sort stably. What is not kept counts as minus "
+                    "infinity, and torch.softmax takes off each row's maximum.",
                 ),
             ),
         ),
@@ -502,10 +559,11 @@ EXERCISE = Exercise(
                     "A dropped slot contributes exactly 0: no identity, and no renormalising of the others.",
                 ),
                 Invariant(
-                    "works for no tokens, in float32, and ignores what was never computed",
+                    "works for no tokens, in float32, and ignores what was never computed, and only that",
                     1,
                     _combine_limits,
-                    "0 times NaN is NaN: select with torch.where or masked_fill before you multiply.",
+                    "0 times NaN is NaN: select by `keep`, with torch.where or masked_fill, before you multiply. "
+                    "nan_to_num would also hide a NaN that an expert did compute.",
                 ),
             ),
         ),
@@ -565,10 +623,11 @@ EXERCISE = Exercise(
                     "Stay with differentiable operations: index_add, not item assignment on detached data.",
                 ),
                 Invariant(
-                    "makes no copy of weights for each token",
+                    "copies no weights for each token, and runs no expert on the others' tokens",
                     1,
-                    _moe_memory,
-                    "w_up[expert_ids] copies T·K matrices of F·D. Take each expert's rows instead.",
+                    _moe_work,
+                    "w_up[expert_ids] copies T·K matrices of F·D; every expert on every token is E/K times the "
+                    "work. Take each expert's own rows.",
                 ),
             ),
         ),
@@ -628,7 +687,8 @@ EXERCISE = Exercise(
                     "counts router, selected and shared experts",
                     1,
                     _flops_forward,
-                    "2 FLOPs per weight that a token is multiplied by: the whole router, k + shared experts of 3·D·F.",
+                    "2 FLOPs per weight that a token is multiplied by: the whole router, k + shared experts of 3·D·F. "
+                    "Integers only: a float rounds from 2^53 on.",
                 ),
                 Invariant(
                     "counts three times as much for training",
