@@ -72,8 +72,8 @@ class Remote:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(self.target, args, kwargs)
 
-    def largest_tensor(self, **kwargs: Any) -> int:
-        """Entries of the largest tensor that a call makes, as the worker saw it."""
+    def cost(self, **kwargs: Any) -> tuple[int, int]:
+        """Entries of the largest tensor that a call makes and FLOPs of its products, as the worker saw them."""
         return self.session.measure(self.target, kwargs)
 
 
@@ -162,12 +162,15 @@ class Session:
 
     # --- Calls ---
 
-    def measure(self, target: str | int, kwargs: dict[str, Any]) -> int:
+    def measure(self, target: str | int, kwargs: dict[str, Any]) -> tuple[int, int]:
         message, blobs, callback = _arguments(target, (), kwargs)
         reply, _ = self.ask(message | {"measure": True}, blobs, callback)
         self._raise(reply)
-        largest = reply.get("largest")
-        return largest if type(largest) is int else 2**62
+        cost = reply.get("cost")
+        if not isinstance(cost, list) or [type(n) for n in cost] != [int, int]:
+            self.close()
+            raise WorkerGoneError("the process of this submission sent nonsense")
+        return cost[0], cost[1]
 
     def call(
         self, target: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -268,6 +271,8 @@ def _told(error: Any) -> str:
 def _arguments(
     target: str | int, args: Any, kwargs: Any
 ) -> tuple[dict[str, Any], list[bytes], Any]:
+    import torch
+
     functions: list[Any] = []
     blobs: list[bytes] = []
 
@@ -301,7 +306,10 @@ def _arguments(
         except Exception as error:  # of what the learner passed
             return {"error": f"{type(error).__name__}: {error}"[:300]}, []
 
-    return {"do": "call", "target": target, "arguments": coded}, blobs, callback
+    message = {"do": "call", "target": target, "arguments": coded}
+    # A check may forbid autograd: there, too.
+    message["inference"] = torch.is_inference_mode_enabled()
+    return message, blobs, callback
 
 
 def _tensors(value: Any) -> list[Any]:
@@ -385,10 +393,11 @@ def _one(session: Session, question: Question, seed: str) -> Verdict:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self._noting(lambda: super(Watched, self).__call__(*args, **kwargs))
 
-        def largest_tensor(self, **kwargs: Any) -> int:
-            return int(
-                self._noting(lambda: super(Watched, self).largest_tensor(**kwargs))
+        def cost(self, **kwargs: Any) -> tuple[int, int]:
+            found: tuple[int, int] = self._noting(
+                lambda: super(Watched, self).cost(**kwargs)
             )
+            return found
 
         def _noting(self, call: Callable[[], Any]) -> Any:
             if gone:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_course.grading.core import Answer, Failure, describe, shown
 
@@ -94,11 +95,12 @@ class _Largest(TorchDispatchMode):
         return made
 
 
-def largest_tensor(function: Callable[..., Any], **case: Any) -> int:
-    """Entries of the largest tensor that a call makes, its storage counted, views not twice."""
-    elsewhere = getattr(function, "largest_tensor", None)
+def cost(function: Callable[..., Any], **case: Any) -> tuple[int, int]:
+    """Entries of the largest tensor that a call makes (storage counted, views not twice), and FLOPs of its products."""
+    elsewhere = getattr(function, "cost", None)
     if elsewhere is not None:  # a function that runs in another process
-        return int(elsewhere(**case))
-    with _Largest() as largest:
+        largest, flops = elsewhere(**case)
+        return int(largest), int(flops)
+    with _Largest() as seen, FlopCounterMode(display=False) as counter:
         function(**case)
-    return largest.entries
+    return seen.entries, int(counter.get_total_flops())

@@ -74,6 +74,9 @@ class Worker:
     # --- Calls ---
 
     def call(self, message: dict[str, Any], blobs: memoryview) -> tuple[Any, ...]:
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+
         target = message["target"]
         function: Any = (
             self.names.get(target) if isinstance(target, str) else self.objects[target]
@@ -83,14 +86,15 @@ class Worker:
         for leaf in leaves:
             leaf.requires_grad_()
         before = wire.decode(message["arguments"], blobs, self._callback)
-        largest = 0
+        cost = [0, 0]
         try:
-            if message.get("measure"):
-                with _largest() as seen:
+            with torch.inference_mode(bool(message.get("inference"))):
+                if message.get("measure"):
+                    with _largest() as seen, FlopCounterMode(display=False) as flops:
+                        result = function(*args, **kwargs)
+                    cost = [seen.entries, int(flops.get_total_flops())]
+                else:
                     result = function(*args, **kwargs)
-                largest = seen.entries
-            else:
-                result = function(*args, **kwargs)
         except BaseException as error:
             return {"error": describe(error)}, []
         changed = not _alike((args, kwargs), before)
@@ -107,7 +111,7 @@ class Worker:
         _collect(result, differentiable)
         if leaves and any(t.requires_grad for t in differentiable):
             self.graphs[message["id"]] = (leaves, differentiable)
-        return {"value": coded, "changed": changed, "largest": largest}, out
+        return {"value": coded, "changed": changed, "cost": cost}, out
 
     def _callback(self, coded: list[Any]) -> Callable[..., Any]:
         """A function of the judge's, given as an argument: calling it asks the judge."""
