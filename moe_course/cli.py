@@ -155,6 +155,8 @@ def _grade(args: argparse.Namespace) -> int:
 
     from moe_course.grading import batch, report, sandbox
     from moe_course.grading.core import load_exercise
+    from moe_course.grading.judge import GRADED
+    from moe_course.grading.roster import assign, filled, read_roster
     from moe_course.grading.run import UnreadableError
     from moe_course.grading.submissions import collect
 
@@ -175,6 +177,21 @@ def _grade(args: argparse.Namespace) -> int:
             q.id: q.points + sum(i.points for i in private.get(q.id, ()))
             for q in exercise.questions
         }
+        roster = read_roster(Path(args.roster)) if args.roster else None
+        if args.export and (roster is None or roster.kind != args.export):
+            raise UsageError(
+                f"--export {args.export} fills the gradebook that {args.export} exported: give it with --roster"
+            )
+        if args.export:
+            assert roster is not None
+            filled(roster, {}, args.column)
+        if roster is not None:
+            submissions, strangers = assign(submissions, roster)
+            for name in strangers:
+                print(
+                    f"moe-course: {name} belongs to nobody in the roster",
+                    file=sys.stderr,
+                )
         overrides = (
             batch.read_overrides(Path(args.overrides), most) if args.overrides else {}
         )
@@ -203,6 +220,15 @@ def _grade(args: argparse.Namespace) -> int:
         batch.write(out / "grades.csv", batch.table(decided()))
         batch.write(out / "grades.json", batch.as_json(decided()))
         batch.write(out / "summary.html", summary.page())
+        if args.export:
+            assert roster is not None
+            # What nobody could grade yet is no 0: its cell stays as it was.
+            points = {
+                student: result.points
+                for student, result in decided()
+                if result.status == GRADED
+            }
+            batch.write(out / f"{args.export}.csv", filled(roster, points, args.column))
     except batch.GradesError as error:
         raise UsageError(str(error)) from error
     finally:
@@ -299,6 +325,19 @@ def _parser() -> argparse.ArgumentParser:
         "--overrides",
         metavar="CSV",
         help="student, question, points, reason: settled by hand",
+    )
+    grade.add_argument(
+        "--roster",
+        metavar="CSV",
+        help="Canvas's gradebook or Moodle's worksheet: whose file is whose",
+    )
+    grade.add_argument(
+        "--export",
+        choices=["canvas", "moodle"],
+        help="fill the roster for import there",
+    )
+    grade.add_argument(
+        "--column", help="of the roster to fill (Canvas: as in its header)"
     )
     grade.add_argument(
         "--unsafe-no-sandbox", action="store_true", help="run submissions as you"

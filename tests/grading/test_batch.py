@@ -274,9 +274,7 @@ def test_results_that_cannot_be_written_are_an_error_that_keeps_the_others(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        GradesError, match="No space left on device"
-    ):
+    with pytest.raises(GradesError, match="No space left on device"):
         grade_here(students("ada", "ben"), settings, out)
     monkeypatch.undo()
     assert [p.suffix for p in (out / "results").iterdir()] == [".json"]
