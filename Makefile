@@ -10,7 +10,7 @@ PY := $(BIN)/python
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test learn check exercises golden pins clean
+.PHONY: help book serve test learn check exercises golden classroom pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -48,6 +48,9 @@ exercises: .venv/.installed ## derive the exercise and solution notebooks from t
 
 golden: .venv/.installed ## run the chapters again and store their golden outputs
 	$(PY) book/golden.py
+
+classroom: .venv/.installed ## export the course without solutions and filed answers: make classroom OUT=folder
+	@$(PY) -m moe_course.grading.classroom "$(OUT)"
 
 pins: .venv/.installed ## do the pins resolve without this machine's pip configuration? (a dry run)
 	$(PY) -m pip --isolated $(PIP_ARGS) install --dry-run --ignore-installed --quiet -c constraints.txt ".[dev]"
