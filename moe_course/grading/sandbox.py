@@ -263,8 +263,8 @@ class Sandbox:
                 raise WorkerGoneError("ran longer than allowed and was stopped")
             if any(select.select(reading, writing, [], min(left, 0.1))[:2]):
                 return
-            used = memory_of(descendants(self.process.pid))
-            if used > self.limits.memory_bytes:
+            most = self.limits.memory_bytes
+            if memory_of(descendants(self.process.pid), most) > most:
                 raise WorkerGoneError(
                     f"used more than {self.limits.memory_bytes / 2**30:.1f} GiB of memory and was stopped"
                 )
@@ -284,6 +284,12 @@ class Sandbox:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        # The kernel takes a moment to end a namespace with all in it.
+        patience = time.monotonic() + 5
+        while time.monotonic() < patience and any(
+            Path(f"/proc/{pid}").exists() for pid in inside
+        ):
+            time.sleep(0.005)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
                 with suppress(OSError):
@@ -324,13 +330,24 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def memory_of(pids: list[int]) -> int:
-    """Bytes of memory that these processes hold, shared pages counted in each."""
-    page, total = os.sysconf("SC_PAGE_SIZE"), 0
+def memory_of(pids: list[int], most: int = 0) -> int:
+    """Bytes of memory that these processes hold together.
+
+    The quick count takes what forks share for each anew; above `most` it is counted again, exactly, which takes longer.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    each: dict[int, int] = {}
     for pid in pids:
         with suppress(OSError, ValueError, IndexError):
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
-    return total
+            each[pid] = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
+    if sum(each.values()) > most:
+        for pid in each:
+            # A shared page counts as its part (Pss); unreadable, the quick count stands.
+            with suppress(OSError, ValueError, IndexError, StopIteration):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                pss = next(line for line in lines if line.startswith("Pss:"))
+                each[pid] = 1024 * int(pss.split()[1])
+    return sum(each.values())
 
 
 def why_not() -> str | None:
