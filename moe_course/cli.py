@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,6 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _grade(args: argparse.Namespace) -> int:
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     from moe_course.grading import batch, report, sandbox
     from moe_course.grading.core import load_exercise
     from moe_course.grading.judge import GRADED
@@ -168,7 +166,9 @@ def _grade(args: argparse.Namespace) -> int:
         settings = batch.Settings(
             args.exercise,
             args.seed,
-            args.private_checks,
+            batch.read_private(Path(args.private_checks), args.exercise)
+            if args.private_checks
+            else "",
             sandboxed=not args.unsafe_no_sandbox,
         )
         private = settings.private_checks()
@@ -203,10 +203,9 @@ def _grade(args: argparse.Namespace) -> int:
             "--unsafe-no-sandbox runs this as you, with all your rights, and marks the results"
         )
     progress = _Progress(len(submissions))
-    # Spawned: a fork of a process that uses torch may hang.
-    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"))
+    executor, jobs, close = _executor(args)
     try:
-        batch.grade_batch(submissions, settings, out, pool, args.jobs, progress.add)
+        batch.grade_batch(submissions, settings, out, executor, jobs, progress.add)
         summary = report.Summary(exercise)
 
         def decided() -> Iterator[tuple[str, Any]]:
@@ -233,12 +232,45 @@ def _grade(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     finally:
         progress.end()
-        pool.shutdown(wait=True, cancel_futures=True)
+        close()
     counts = ", ".join(
         f"{n} {status}" for status, n in sorted(summary.statuses.items())
     )
     print(f"{len(submissions)} submissions: {counts}. {out / 'summary.html'}")
     return 0
+
+
+def _executor(args: argparse.Namespace) -> tuple[Executor, int, Callable[[], Any]]:
+    """Where submissions are graded: here, in processes, or wherever a scheduler of dask has workers."""
+    from moe_course.grading import batch
+
+    if not args.scheduler:
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        # Spawned: a fork of a process that uses torch may hang.
+        pool = ProcessPoolExecutor(args.jobs, get_context("spawn"))
+        return pool, args.jobs, lambda: pool.shutdown(wait=True, cancel_futures=True)
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError(
+            "--scheduler needs dask: pip install 'moe_course[cluster]'"
+        ) from error
+    try:
+        client: Any = Client(args.scheduler, timeout=10)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no scheduler at {args.scheduler}: {error}") from error
+    jobs = sum(client.nthreads().values())
+    if not jobs:
+        client.close()
+        raise UsageError(f"the scheduler at {args.scheduler} has no workers")
+
+    def close() -> None:
+        client.run(batch.close_spare)
+        client.close()
+
+    return client.get_executor(pure=False), jobs, close
 
 
 class _Progress:
@@ -325,6 +357,9 @@ def _parser() -> argparse.ArgumentParser:
         "--overrides",
         metavar="CSV",
         help="student, question, points, reason: settled by hand",
+    )
+    grade.add_argument(
+        "--scheduler", metavar="tcp://HOST:PORT", help="of dask: grade on its workers"
     )
     grade.add_argument(
         "--roster",

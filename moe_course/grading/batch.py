@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import suppress
@@ -46,53 +46,54 @@ class Settings:
 
     exercise: str
     seed: str = ""
-    private: str = ""  # folder of an instructor's own checks
+    private: str = ""  # source of an instructor's own checks: not a path, another machine may grade
     limits: Limits = field(default_factory=Limits)
     sandboxed: bool = True
 
     @property
     def digest(self) -> str:
         """Changes with the seed, the limits and the text of every check."""
-        parts = [repr(replace(self, private=""))]
         files = [core.CHECKS / f"{load_exercise(self.exercise).stem}.py"]
         files += [Path(core.__file__), Path(core.__file__).with_name("tensors.py")]
-        files += [path for path in [self._private_file()] if path is not None]
+        parts = [repr(self)]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def _private_file(self) -> Path | None:
-        if not self.private:
-            return None
-        return Path(self.private) / f"{load_exercise(self.exercise).stem}.py"
-
     def private_checks(self) -> Private:
-        """The instructor's invariants: PRIVATE in NN_topic.py, a dict from question to a tuple of Invariant.
+        """The instructor's invariants: PRIVATE, a dict from question to a tuple of Invariant.
 
-        Raises ValueError that says what is wrong with the file.
+        Raises ValueError that says what is wrong with them.
         """
-        path = self._private_file()
-        if path is None:
+        if not self.private:
             return {}
-        if not path.is_file():
-            raise ValueError(f"{path}: no private checks of exercise {self.exercise}")
-        spec = importlib.util.spec_from_file_location("private_checks", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        names: dict[str, Any] = {"__name__": "private_checks"}
         try:
-            spec.loader.exec_module(module)
-            private = dict(module.PRIVATE)
+            exec(compile(self.private, "private checks", "exec"), names)
+            private = dict(names["PRIVATE"])
         except Exception as error:
-            raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"private checks: {type(error).__name__}: {error}"
+            ) from error
         known = {question.id for question in load_exercise(self.exercise).questions}
         for question, invariants in private.items():
             if question not in known:
-                raise ValueError(f"{path}: there is no question {question!r}")
+                raise ValueError(f"private checks: there is no question {question!r}")
             if not all(isinstance(one, Invariant) for one in invariants):
                 raise ValueError(
-                    f"{path}: {question} holds something that is no Invariant"
+                    f"private checks: {question} holds something that is no Invariant"
                 )
         return private
+
+
+def read_private(folder: Path, exercise: str) -> str:
+    """The text of NN_topic.py in an instructor's folder. Raises ValueError where there is none."""
+    path = folder / f"{load_exercise(exercise).stem}.py"
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{path}: no private checks of exercise {exercise} ({error.strerror})"
+        ) from error
 
 
 # --- One submission, in a process of the pool ----------------------------------------
@@ -101,13 +102,14 @@ _spare: Sandbox | None = (
     None  # the next worker, which imports torch while this one is in use
 )
 _users = 0
+_lock = threading.Lock()
 
 
 def _fresh(settings: Settings) -> Sandbox:
     """A worker that nothing has run in, and the start of the next."""
     global _spare
-    ready = _spare or _start(settings)
-    _spare = _start(settings)
+    with _lock:  # a worker of a cluster may have several threads
+        ready, _spare = _spare or _start(settings), _start(settings)
     return ready
 
 
@@ -119,10 +121,12 @@ def _start(settings: Settings) -> Sandbox:
 
 
 def close_spare() -> None:
+    """End the worker that waits for a submission that does not come."""
     global _spare
-    if _spare is not None:
-        _spare.close()
-        _spare = None
+    with _lock:
+        spare, _spare = _spare, None
+    if spare is not None:
+        spare.close()
 
 
 def grade_one(submission: Submission, settings: Settings) -> Result:

@@ -216,8 +216,8 @@ def test_private_checks_count_and_change_what_is_regraded(tmp_path):
     one = Submission("ada", "ada.ipynb", notebook().encode())
     out = tmp_path / "out"
     grade_here([one], Settings("01"), out)
-    grade_here([one], Settings("01", private=str(folder)), out)
-    settings = Settings("01", private=str(folder))
+    settings = Settings("01", private=batch.read_private(folder, "01"))
+    grade_here([one], settings, out)
     ((_, result),) = batch.rows([one], settings, out)
     assert result.points == 22
     assert "hidden case" not in json.dumps(result.verdicts[0].lines)
@@ -237,10 +237,32 @@ def test_private_checks_count_and_change_what_is_regraded(tmp_path):
 def test_private_checks_that_are_none_are_refused(tmp_path, text, says, capsys):
     (tmp_path / "01_concepts.py").write_text(text)
     with pytest.raises(ValueError, match=says):
-        Settings("01", private=str(tmp_path)).private_checks()
+        Settings("01", private=text).private_checks()
     words = ["grade", str(tmp_path), "--exercise", "01", "-o", str(tmp_path / "o")]
     assert cli.main([*words, "--private-checks", str(tmp_path)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_folder_without_private_checks_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"01_concepts\.py: no private checks"):
+        batch.read_private(tmp_path, "01")
+
+
+@pytest.mark.usefixtures("_sandboxed")
+def test_a_cluster_grades_the_same(klass, tmp_path, capsys):
+    """A real scheduler with two workers, on this machine."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=2, dashboard_address=None, protocol="tcp://"
+    ) as cluster:
+        words = ["grade", str(klass), "--exercise", "01", "-o", str(tmp_path / "far")]
+        assert cli.main([*words, "--scheduler", cluster.scheduler_address]) == 0
+    words[-1] = str(tmp_path / "near")
+    assert cli.main(words) == 0
+    assert without_seconds(tmp_path / "far") == without_seconds(tmp_path / "near")
+    assert cli.main([*words, "--scheduler", "tcp://127.0.0.1:9"]) == 2
+    assert "no scheduler at tcp://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_settings_tell_when_to_grade_again():
