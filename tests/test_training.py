@@ -947,3 +947,27 @@ def test_no_worker_outlives_a_command_that_is_killed(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("arms/*")}
     time.sleep(5)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("arms/*")} == before
+
+
+def test_the_record_of_the_chapter_is_of_this_experiment(root):
+    record = records.load(root / experiments.RECORD)
+    full = experiments.FULL
+    last = [row for row in record.rows if row["step"] == full.recipe.steps]
+    shown = {
+        (r["data"], r["experts"], r["k"], r["hidden"], r["peak_lr"], r["seed"])
+        for r in last
+    }
+    assert shown == {
+        (
+            arm.data,
+            arm.experts,
+            arm.k if arm.experts > 1 else 1,
+            arm.widening * full.hidden,
+            arm.lr * full.recipe.peak_lr,
+            arm.seed,
+        )
+        for arm in full.arms()
+    }
+    assert len(last) == len(full.arms())
+    for row in last:
+        assert row["bytes"] <= full.unique_bytes
