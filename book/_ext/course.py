@@ -137,8 +137,32 @@ def note_includes(app, env):
     (Path(app.doctreedir) / "includes.json").write_text(json.dumps(inside))
 
 
+ARGUMENT = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
+
+
+def mark_up_docstring(app, what, name, obj, options, lines):
+    """Docstrings are written to be read as text: here `name: what it is` becomes a field, a formula a literal block."""
+    shown, last = [], "blank"
+    for line in lines:
+        argument = ARGUMENT.match(line)
+        kind = "blank" if not line.strip() else "field" if argument else "text"
+        if kind == "text" and line.startswith("    "):
+            kind = "field" if last == "field" else "literal"
+        if kind == "literal" and last != "literal":
+            shown += ["", "::", ""]
+        elif "blank" not in (kind, last) and kind != last:
+            shown.append("")
+        if kind != "literal":
+            line = re.sub(r"([*|])", r"\\\1", line)
+            argument = ARGUMENT.match(line)
+        shown.append(f":{argument[1]}: {argument[2]}" if argument else line)
+        last = kind
+    lines[:] = shown
+
+
 def setup(app):
     set_address(app)
+    app.connect("autodoc-process-docstring", mark_up_docstring)
     app.connect("doctree-read", note_minutes)
     app.connect("env-updated", note_includes)
     app.connect("doctree-resolved", number_figure_links)
