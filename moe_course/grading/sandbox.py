@@ -98,14 +98,17 @@ def command(limits: Limits, user: int | None = None) -> list[str]:
     if not root:
         spaces += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
     arguments = ["bwrap", *spaces, "--die-with-parent", "--new-session", "--clearenv"]
-    arguments += [*_readable(), "--proc", "/proc", "--dev", "/dev"]
+    # First /tmp: the environment may lie below it.
+    size = ["--perms", "1777", "--size", str(limits.disk_bytes)]
     arguments += [
-        "--perms",
-        "1777",
-        "--size",
-        str(limits.disk_bytes),
+        *size,
         "--tmpfs",
         "/tmp",
+        *_readable(),
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
     ]
     for folder in ("/judge", "/judge/moe_judge"):
         arguments += ["--perms", "0755", "--dir", folder]

@@ -108,7 +108,10 @@ def test_nowhere_to_write_but_a_small_tmp(worker):
         ask(worker, "sum(os.path.getsize(f'/tmp/{n}') for n in os.listdir('/tmp'))")
         <= LIMITS.disk_bytes
     )
-    ask(worker, "[os.remove(f'/tmp/{n}') for n in os.listdir('/tmp')]")
+    ask(
+        worker,
+        "[os.remove(f'/tmp/{n}') for n in os.listdir('/tmp') if os.path.isfile(f'/tmp/{n}')]",
+    )
 
 
 def test_processes_and_threads_are_bounded(worker):
