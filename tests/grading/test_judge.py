@@ -14,7 +14,7 @@ from moe_course.grading.core import load_exercise
 from moe_course.grading.judge import judge
 from moe_course.grading.sandbox import Limits, Sandbox, descendants, why_not
 
-LIMITS = Limits(cell_seconds=8, call_seconds=8, memory_bytes=2 * 2**30)
+LIMITS = Limits(cell_seconds=6, call_seconds=6, memory_bytes=2 * 2**30)
 
 
 @pytest.fixture(scope="module", autouse=True)
