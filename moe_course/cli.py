@@ -183,10 +183,11 @@ def _grade(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"--export {args.export} fills the gradebook that {args.export} exported: give it with --roster"
             )
-        if args.export:
-            assert roster is not None
-            filled(roster, {}, args.column)
         if roster is not None:
+            if args.export:
+                filled(
+                    roster, {}, args.column
+                )  # is there such a column? not after hours
             submissions, strangers = assign(submissions, roster)
             for name in strangers:
                 print(
@@ -226,8 +227,7 @@ def _grade(args: argparse.Namespace) -> int:
             # The file that was graded, should there be others beside it.
             best = min(decided(), key=lambda each: each[1].status == UNREADABLE)
             batch.write(Path(args.gradescope), gradescope.results(best[1]))
-        if args.export:
-            assert roster is not None
+        if args.export and roster is not None:
             # What nobody could grade yet is no 0: its cell stays as it was.
             points = {
                 student: result.points

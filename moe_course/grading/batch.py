@@ -8,7 +8,13 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    wait,
+)
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -98,9 +104,8 @@ def read_private(folder: Path, exercise: str) -> str:
 
 # --- One submission, in a process of the pool ----------------------------------------
 
-_spare: Sandbox | None = (
-    None  # the next worker, which imports torch while this one is in use
-)
+# The next worker, which imports torch while this one is in use, and what it was started for.
+_spare: tuple[Settings, Sandbox] | None = None
 _users = 0
 _lock = threading.Lock()
 
@@ -108,8 +113,16 @@ _lock = threading.Lock()
 def _fresh(settings: Settings) -> Sandbox:
     """A worker that nothing has run in, and the start of the next."""
     global _spare
-    with _lock:  # a worker of a cluster may have several threads
-        ready, _spare = _spare or _start(settings), _start(settings)
+    with (
+        _lock
+    ):  # a worker of a cluster may have several threads, and serve several batches
+        spare, _spare = _spare, None
+        if spare is not None and spare[0] != settings:
+            # It may have other limits, or no walls at all.
+            spare[1].close()
+            spare = None
+        ready = spare[1] if spare else _start(settings)
+        _spare = settings, _start(settings)
     return ready
 
 
@@ -126,15 +139,15 @@ def close_spare() -> None:
     with _lock:
         spare, _spare = _spare, None
     if spare is not None:
-        spare.close()
+        spare[1].close()
 
 
 def grade_one(submission: Submission, settings: Settings) -> Result:
     """A pure function of the submission and the settings, but for its seconds."""
-    if submission.reason:
-        return nothing_graded(settings.exercise, UNREADABLE, submission.reason)
     private = settings.private_checks()
     try:
+        if submission.reason:
+            raise UnreadableError(submission.reason)
         cells = code_cells(submission.content, settings.exercise)
     except UnreadableError as error:
         return nothing_graded(settings.exercise, UNREADABLE, str(error), private)
@@ -162,7 +175,7 @@ def grade_batch(
 ) -> None:
     """Grade what has no result in `out` yet. Stopped at any moment, the same call goes on; no result is made twice.
 
-    Raises GradesError where a result cannot be written: those before it stay.
+    Raises GradesError where a result cannot be written or the processes that grade have gone: the results before stay.
     """
     digest = settings.digest
     waiting: dict[Future[Result], Submission] = {}
@@ -172,26 +185,40 @@ def grade_batch(
             submission = waiting.pop(future)
             try:
                 result = future.result()
+            except BrokenExecutor as error:
+                raise _gone(error) from error
             except Exception as error:
-                # Of the judge or the machine, and not the submission's: said so, for a person to look at.
+                # Of the judge or the machine, and not the submission's: said so, and tried again by the next run.
                 reason = f"the judge itself failed ({type(error).__name__}: {error})"
                 result = nothing_graded(settings.exercise, NEEDS_REVIEW, reason)
+                result = replace(result, final=False)
             _store(out, submission, digest, result)
             if on_done is not None:
                 on_done(submission, result, False)
 
     for submission in submissions:
         before = _stored(out, submission, digest)
-        if before is not None:
+        if before is not None and before.final:
             if on_done is not None:
                 on_done(submission, before, True)
             continue
         # A window of them: memory does not grow with the class.
         if len(waiting) >= 2 * jobs:
             finish(wait(waiting, return_when=FIRST_COMPLETED).done)
-        waiting[executor.submit(grade_one, submission, settings)] = submission
+        try:
+            future = executor.submit(grade_one, submission, settings)
+        except BrokenExecutor as error:
+            raise _gone(error) from error
+        waiting[future] = submission
     while waiting:
         finish(wait(waiting, return_when=FIRST_COMPLETED).done)
+
+
+def _gone(error: BrokenExecutor) -> GradesError:
+    return GradesError(
+        f"a process that grades ended ({error}), perhaps for want of memory: try a smaller -j. What was graded before "
+        "is kept: the same command goes on"
+    )
 
 
 def _result_path(out: Path, submission: Submission) -> Path:

@@ -20,11 +20,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from moe_course.grading.calls import is_tensor, unchanged
+
 CHECKS = Path(__file__).parent / "checks"
 
 MOST_ENTRIES = 24  # of a tensor that a message spells out
 # What runs between a check and an answer in another process, and is no answer.
-PLUMBING = {__name__, *(f"{__package__}.{m}" for m in ("judge", "sandbox", "wire"))}
+PLUMBING = {
+    __name__,
+    *(f"{__package__}.{m}" for m in ("calls", "judge", "sandbox", "wire")),
+}
 
 LONGEST = 300  # characters of anything a learner's code hands us
 
@@ -261,29 +266,6 @@ class Answer:
         return result
 
 
-def _is_tensor(value: object) -> bool:
-    torch = sys.modules.get("torch")  # not imported here: counting exercises need none
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def unchanged(now: Any, before: Any) -> bool:
-    """Equal in every entry: containers element by element, tensors by shape, type and values."""
-    if _is_tensor(before):
-        alike = (
-            _is_tensor(now) and now.shape == before.shape and now.dtype == before.dtype
-        )
-        return alike and bool(
-            ((now == before) | ((now != now) & (before != before))).all()
-        )
-    if isinstance(before, dict):
-        return now.keys() == before.keys() and all(
-            unchanged(now[key], before[key]) for key in before
-        )
-    if isinstance(before, list | tuple):
-        return len(now) == len(before) and all(map(unchanged, now, before))
-    return bool(now == before)
-
-
 class Shown(str):
     """A text that stands for a value in a message, without quotes."""
 
@@ -310,7 +292,7 @@ class Shown(str):
 
 def shown(value: object) -> str:
     """`repr`, but short, and never failing: a learner's object may have a broken one."""
-    if _is_tensor(value):
+    if is_tensor(value):
         value = Shown.of(value)
     try:
         text = repr(value)

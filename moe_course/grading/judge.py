@@ -57,6 +57,7 @@ class Result:
     seconds: float
     sandboxed: bool
     troubles: tuple[str, ...] = field(default=())
+    final: bool = True  # False where the judge itself failed: the next run tries again
 
     @property
     def points(self) -> int:

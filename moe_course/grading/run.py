@@ -69,22 +69,25 @@ def read(path: Path) -> tuple[Any, str]:
         raise UnreadableError(
             f"{path}: not a notebook that can be read ({reason})"
         ) from error
-    number = _number(notebook)
-    if number is None:
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    named = exercises_named(notebook.metadata, code)
+    if not named:
         known = ", ".join(exercise_numbers())
         raise UnreadableError(
             f"{path}: belongs to no exercise of this course (known: {known})"
         )
-    return notebook, number
+    return notebook, named[0]
 
 
-def _number(notebook: Any) -> str | None:
-    ours = notebook.metadata.get("moe_course")
+def exercises_named(metadata: object, code: str) -> list[str]:
+    """The exercises that a notebook says it is of: in its metadata first, then by its check cells.
+
+    A tool that drops unknown metadata leaves the check cells.
+    """
+    ours = metadata.get("moe_course") if isinstance(metadata, dict) else None
     named = [str(ours.get("exercise"))] if isinstance(ours, dict) else []
-    # Saved by a tool that drops unknown metadata: the check cells name the exercise.
-    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     named += re.findall(r"""\bcheck\(\s*(?:question_id\s*=\s*)?["'](\d\d)\.\d""", code)
-    return next((number for number in named if number in exercise_numbers()), None)
+    return [number for number in named if number in exercise_numbers()]
 
 
 def first_line(text: str) -> str:

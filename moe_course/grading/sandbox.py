@@ -23,6 +23,11 @@ from moe_course.grading import wire
 
 NOBODY = 65_534
 HERE = Path(__file__).parent
+INSIDE = (
+    "calls.py",
+    "wire.py",
+    "worker.py",
+)  # all that a submission can see of this package
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def command(limits: Limits, user: int | None = None) -> list[str]:
     ]
     for folder in ("/judge", "/judge/moe_judge"):
         arguments += ["--perms", "0755", "--dir", folder]
-    for name in ("wire.py", "worker.py"):
+    for name in INSIDE:
         arguments += ["--ro-bind", str(HERE / name), f"/judge/moe_judge/{name}"]
     arguments += ["--remount-ro", "/", "--chdir", "/tmp", "--hostname", "sandbox"]
     settings = {
@@ -314,7 +319,7 @@ def _judge_folder() -> Any:
     folder = TemporaryDirectory(prefix="moe-judge-")
     package = Path(folder.name, "moe_judge")
     package.mkdir()
-    for name in ("wire.py", "worker.py"):
+    for name in INSIDE:
         shutil.copy(HERE / name, package / name)
     return folder
 

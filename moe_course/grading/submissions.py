@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from moe_course.grading.core import exercise_numbers, load_exercise
-from moe_course.grading.run import UnreadableError
+from moe_course.grading.core import load_exercise
+from moe_course.grading.run import UnreadableError, exercises_named
 
 MOST_BYTES = 20 * 2**20  # of one notebook
 MOST_MEMBERS = 20_000  # of one archive
@@ -174,15 +174,8 @@ def code_cells(content: bytes, number: str) -> list[str]:
 
 
 def _require_exercise(notebook: dict[str, Any], code: list[str], number: str) -> None:
-    metadata = notebook.get("metadata")
-    ours = metadata.get("moe_course") if isinstance(metadata, dict) else None
-    named = {str(ours.get("exercise"))} if isinstance(ours, dict) else set()
     text = "\n".join(code)
-    # Saved by a tool that drops unknown metadata: the check cells name the exercise.
-    named |= set(
-        re.findall(r"""\bcheck\(\s*(?:question_id\s*=\s*)?["'](\d\d)\.\d""", text)
-    )
-    named &= set(exercise_numbers())
+    named = set(exercises_named(notebook.get("metadata"), text))
     if named and number not in named:
         raise UnreadableError(f"is exercise {', '.join(sorted(named))}, not {number}")
     answers = [question.answer for question in load_exercise(number).questions]

@@ -1,4 +1,5 @@
-"""The process that runs a submission, inside the sandbox. It needs Python, torch and `wire`, and nothing of the judge.
+"""The process that runs a submission, inside the sandbox. It needs Python, torch, `wire` and `calls`, and nothing
+of the judge.
 
 It executes the cells that it is sent, calls the functions that they define, and answers over two pipes. Nothing that it
 says is believed: it returns values, and what they should have been never comes here.
@@ -17,8 +18,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# The sandbox binds wire.py and this file into a folder of this name.
-from moe_judge import wire  # type: ignore[import-not-found]
+# The sandbox binds this file and those two into a folder of this name.
+from moe_judge import calls, wire  # type: ignore[import-not-found]
 
 TEXT = 300  # characters of an error's message
 
@@ -75,7 +76,6 @@ class Worker:
 
     def call(self, message: dict[str, Any], blobs: memoryview) -> tuple[Any, ...]:
         import torch
-        from torch.utils.flop_counter import FlopCounterMode
 
         target = message["target"]
         function: Any = (
@@ -90,14 +90,12 @@ class Worker:
         try:
             with torch.inference_mode(bool(message.get("inference"))):
                 if message.get("measure"):
-                    with _largest() as seen, FlopCounterMode(display=False) as flops:
-                        result = function(*args, **kwargs)
-                    cost = [seen.entries, int(flops.get_total_flops())]
+                    result, *cost = calls.cost(lambda: function(*args, **kwargs))
                 else:
                     result = function(*args, **kwargs)
         except BaseException as error:
             return {"error": describe(error)}, []
-        changed = not _alike((args, kwargs), before)
+        changed = not calls.unchanged((args, kwargs), before)
         out: list[bytes] = []
         differentiable: list[Any] = []
 
@@ -194,26 +192,6 @@ def _collect(value: Any, tensors: list[Any]) -> None:
             _collect(entry, tensors)
 
 
-def _alike(now: Any, before: Any) -> bool:
-    """Whether arguments are as they were sent."""
-    import torch
-
-    if isinstance(before, torch.Tensor):
-        if type(now) is not torch.Tensor or now.shape != before.shape:
-            return False
-        now = now.detach()
-        return now.dtype == before.dtype and bool(
-            ((now == before) | ((now != now) & (before != before))).all()
-        )
-    if isinstance(before, (list, tuple)):
-        return len(now) == len(before) and all(map(_alike, now, before))
-    if isinstance(before, dict):
-        return now.keys() == before.keys() and all(
-            _alike(now[k], before[k]) for k in before
-        )
-    return callable(before) or (type(now) is type(before) and now == before)
-
-
 def describe(error: BaseException) -> list[str]:
     """Type, message and the learner's own line of an error; none of the three can fail."""
     try:
@@ -238,33 +216,6 @@ def describe(error: BaseException) -> list[str]:
     except BaseException:
         pass
     return [type(error).__name__[:100], text, line]
-
-
-def _largest() -> Any:
-    # Defined here: the classes of torch are imported when the worker starts, not with this file.
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Largest(TorchDispatchMode):
-        """Remembers the most entries of any tensor that an operation makes."""
-
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self.entries = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            made = func(*args, **(kwargs or {}))
-            sizes = [
-                leaf.untyped_storage().nbytes() // leaf.element_size()
-                for leaf in tree_leaves(made)
-                if hasattr(leaf, "untyped_storage")
-            ]
-            self.entries = max([self.entries, *sizes])
-            return made
-
-    return Largest()
 
 
 def _course(names: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -331,6 +331,58 @@ def test_a_judge_that_fails_is_not_the_students_fault(tmp_path):
     ((_, result),) = batch.rows(students("ada"), Settings("01"), tmp_path)
     assert result.status == NEEDS_REVIEW
     assert "the judge itself failed (ZeroDivisionError" in result.reason
+    # The next run, on a machine in order, tries again.
+    grade_here(students("ada"), Settings("01"), tmp_path)
+    ((_, result),) = batch.rows(students("ada"), Settings("01"), tmp_path)
+    assert result.status == "unreadable"
+
+
+def test_processes_that_are_gone_are_an_error_that_can_be_resumed(tmp_path):
+    class Dying(ThreadPoolExecutor):
+        def submit(self, *_args, **_kwargs):
+            def die():
+                raise BrokenExecutor("a child process terminated abruptly")
+
+            return super().submit(die)
+
+    class Dead(ThreadPoolExecutor):
+        def submit(self, *_args, **_kwargs):
+            raise BrokenExecutor("cannot schedule new futures")
+
+    settings = Settings("01")
+    grade_here(students("ada"), settings, tmp_path)
+    for kind in (Dying, Dead):
+        with (
+            kind(1) as pool,
+            pytest.raises(GradesError, match="the same command goes on"),
+        ):
+            batch.grade_batch(students("ada", "ben"), settings, tmp_path, pool, 1)
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+def test_a_worker_in_waiting_serves_the_settings_that_it_was_started_for(monkeypatch):
+    """One that was started without a sandbox must never run a submission that is to have one."""
+    started = []
+
+    class Fake:
+        def __init__(self, limits, user, unsafe):
+            self.unsafe, self.closed = unsafe, False
+            started.append(self)
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(batch, "Sandbox", Fake)
+    batch.close_spare()
+    walls, none = Settings("01"), Settings("01", sandboxed=False)
+    assert batch._fresh(none).unsafe
+    waiting = started[-1]
+    assert waiting.unsafe
+    assert not batch._fresh(walls).unsafe
+    assert waiting.closed
+    assert batch._fresh(walls) is started[3]  # the one in waiting, this time
+    batch.close_spare()
+    assert started[-1].closed
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,11 @@ def test_nothing_of_the_machine_to_read(worker):
     ):
         assert ask(worker, f"os.path.exists({path!r})") is False, path
     names = ask(worker, "sorted(os.listdir('/judge/moe_judge'))")
-    assert [n for n in names if n.endswith(".py")] == ["wire.py", "worker.py"]
+    assert [n for n in names if n.endswith(".py")] == [
+        "calls.py",
+        "wire.py",
+        "worker.py",
+    ]
     variables = ask(worker, "dict(os.environ)")
     assert set(variables) <= {
         *("PATH", "HOME", "LANG", "PYTHONPATH", "PWD", "MPLBACKEND", "LC_CTYPE"),
