@@ -1,4 +1,4 @@
-"""What is looked at around a call of an answer, here or in the judge's worker. Needs nothing of the course.
+"""What surrounds a call of an answer, here or in the judge's worker. Needs nothing of the course.
 
 Torch is imported where it is needed: counting exercises need none.
 """
@@ -6,7 +6,7 @@ Torch is imported where it is needed: counting exercises need none.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -60,3 +60,67 @@ def cost(call: Callable[[], Any]) -> tuple[Any, int, int]:
     with Largest() as largest, FlopCounterMode(display=False) as flops:
         result = call()
     return result, largest.entries, int(flops.get_total_flops())
+
+
+# --- Calls whose other half is in another process ------------------------------------
+
+
+def tensors(value: Any) -> list[Any]:
+    """The tensors in plain containers, in the order in which they travel."""
+    import torch
+
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return [value]
+    if type(value) is dict:
+        value = list(value.values())
+    if type(value) in (list, tuple):
+        return [tensor for part in value for tensor in tensors(part)]
+    return []
+
+
+def with_tensors(value: Any, new: Iterator[Any]) -> Any:
+    """The value with its tensors replaced, in that order."""
+    import torch
+
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return next(new)
+    if type(value) is dict:
+        return {key: with_tensors(part, new) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_tensors(part, new) for part in value)
+    return value
+
+
+def differentiable(
+    leaves: list[Any],
+    forward: Callable[[], tuple[Any, list[Any], Any]],
+    backward: Callable[[Any, list[Any]], list[Any]],
+) -> Any:
+    """A call whose other half is elsewhere, as one operation of autograd.
+
+    forward: its value, those of the value's tensors that depend on a leaf, and a name for the graph that is kept over
+    there, which lives as long as autograd's here. backward: from that name and the gradients of the value's tensors,
+    in order, to those of the leaves.
+    """
+    import torch
+
+    value: Any = None
+
+    class Across(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *_leaves: Any) -> Any:
+            nonlocal value
+            value, needing, ctx.graph = forward()
+            wanted = {id(tensor) for tensor in needing}
+            made = tensors(value)
+            ctx.mark_non_differentiable(*[t for t in made if id(t) not in wanted])
+            return tuple(made)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return tuple(backward(ctx.graph, list(gradients)))
+
+    made = Across.apply(*leaves)  # type: ignore[no-untyped-call]
+    whole = with_tensors(value, iter(made))
+    value = None  # else a cycle: value, its graph, Across, value
+    return whole

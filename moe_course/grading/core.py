@@ -28,7 +28,7 @@ MOST_ENTRIES = 24  # of a tensor that a message spells out
 # What runs between a check and an answer in another process, and is no answer.
 PLUMBING = {
     __name__,
-    *(f"{__package__}.{m}" for m in ("calls", "judge", "sandbox", "wire")),
+    *(f"{__package__}.{m}" for m in ("calls", "judge", "sandbox", "session", "wire")),
 }
 
 LONGEST = 300  # characters of anything a learner's code hands us
@@ -384,6 +384,8 @@ def grade(question: Question, function: Any, seed: int | str | None = None) -> O
             lines.append(
                 Line(invariant.name, FAILED, invariant.points, str(failure), hint)
             )
+        except RemoteError as error:  # of an object that the answer returned
+            lines.append(Line(invariant.name, FAILED, invariant.points, str(error)))
         except Exception as error:  # an answer that breaks the comparison itself fails its question alone
             text = f"what your code returned cannot be compared: {type(error).__name__}: {str(error)[:LONGEST]}"
             lines.append(Line(invariant.name, FAILED, invariant.points, text))

@@ -159,6 +159,8 @@ def decode(
                 wants_grad.append(tensor)
             return tensor
         if handle is not None:
+            if kind == "object" and len(rest) == 3:
+                coded = [kind, rest[0], *(one(part, depth + 1) for part in rest[1:])]
             return handle(coded)
         raise WireError("a value of no known kind")
 

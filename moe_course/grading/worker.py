@@ -15,7 +15,6 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable
 from typing import Any
 
 # The sandbox binds this file and those two into a folder of this name.
@@ -78,55 +77,100 @@ class Worker:
         import torch
 
         target = message["target"]
-        function: Any = (
-            self.names.get(target) if isinstance(target, str) else self.objects[target]
+        wanted: list[Any] = []
+        args, kwargs, states = wire.decode(
+            message["arguments"], blobs, self._given, wanted
         )
-        leaves: list[Any] = []
-        args, kwargs = wire.decode(message["arguments"], blobs, self._callback, leaves)
+        try:
+            function: Any = (
+                self.names[target] if isinstance(target, str) else self.objects[target]
+            )
+            modules = [self.objects[number] for number, _ in states]
+        except LookupError:
+            return {"error": ["", "what it returned before has gone", ""]}, []
+        inside = {id(t) for _, state in states for t in state["tensors"].values()}
+        leaves = [leaf for leaf in wanted if id(leaf) not in inside]
         for leaf in leaves:
             leaf.requires_grad_()
-        before = wire.decode(message["arguments"], blobs, self._callback)
+        before = wire.decode(message["arguments"], blobs, self._given)[:2]
         cost = [0, 0]
         try:
-            with torch.inference_mode(bool(message.get("inference"))):
+            for module, (_, state) in zip(modules, states, strict=True):
+                leaves += _set(module, state["tensors"], wanted)
+                module.train(state["training"])
+            with (
+                torch.inference_mode(bool(message.get("inference"))),
+                torch.set_grad_enabled(bool(message.get("gradients", True))),
+            ):
                 if message.get("measure"):
                     result, *cost = calls.cost(lambda: function(*args, **kwargs))
                 else:
                     result = function(*args, **kwargs)
+            # What it holds may have changed: read back before anything else is said.
+            after = [_state(module) for module in modules]
         except BaseException as error:
             return {"error": describe(error)}, []
         changed = not calls.unchanged((args, kwargs), before)
         out: list[bytes] = []
-        differentiable: list[Any] = []
 
         def handle(value: Any) -> list[Any] | None:
-            if callable(value):
-                self.objects.append(value)
-                return ["object", len(self.objects) - 1]
-            return None
+            if not callable(value):
+                return None
+            self.objects.append(value)
+            state = _state(value) if isinstance(value, torch.nn.Module) else None
+            name = type(value).__name__[:100]
+            number = len(self.objects) - 1
+            return ["object", number, *(wire.encode(v, out) for v in (name, state))]
 
-        coded = wire.encode(result, out, handle)
-        _collect(result, differentiable)
-        if leaves and any(t.requires_grad for t in differentiable):
-            self.graphs[message["id"]] = (leaves, differentiable)
+        coded = wire.encode((result, after), out, handle)
+        outputs = calls.tensors(result)
+        if leaves and any(t.requires_grad for t in outputs):
+            self.graphs[message["id"]] = (leaves, outputs)
         return {"value": coded, "changed": changed, "cost": cost}, out
 
-    def _callback(self, coded: list[Any]) -> Callable[..., Any]:
-        """A function of the judge's, given as an argument: calling it asks the judge."""
+    def _given(self, coded: list[Any]) -> Any:
+        """What is no plain value among the arguments: an object made here, or a function of the judge's."""
         kind, number = coded
+        if kind == "held":
+            return (
+                self.names[number] if isinstance(number, str) else self.objects[number]
+            )
         if kind != "callback":
             raise wire.WireError("a value of no known kind")
 
         def ask(*args: Any, **kwargs: Any) -> Any:
-            blobs: list[bytes] = []
-            arguments = wire.encode((args, kwargs), blobs)
-            self.channel.send({"callback": number, "arguments": arguments}, blobs)
-            message, raw = self.channel.receive()
-            if "error" in message:
-                raise RuntimeError(message["error"])
-            return wire.decode(message["value"], raw)
+            import torch
+
+            def forward() -> tuple[Any, list[Any], Any]:
+                blobs: list[bytes] = []
+                arguments = wire.encode((args, kwargs), blobs)
+                self.channel.send({"callback": number, "arguments": arguments}, blobs)
+                reply, raw = self._reply()
+                needing: list[Any] = []
+                value = wire.decode(reply["value"], raw, None, needing)
+                return value, needing, reply["graph"]
+
+            def backward(graph: int, gradients: list[Any]) -> list[Any]:
+                blobs: list[bytes] = []
+                coded = wire.encode(gradients, blobs)
+                about = {"callback": -1, "graph": graph, "gradients": coded}
+                self.channel.send(about, blobs)
+                reply, raw = self._reply()
+                found: list[Any] = wire.decode(reply["value"], raw)
+                return found
+
+            leaves = [t for t in calls.tensors((args, kwargs)) if t.requires_grad]
+            if leaves and torch.is_grad_enabled():
+                return calls.differentiable(leaves, forward, backward)
+            return forward()[0]
 
         return ask
+
+    def _reply(self) -> tuple[dict[str, Any], memoryview]:
+        reply, raw = self.channel.receive()
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply, raw
 
     def backward(self, message: dict[str, Any], blobs: memoryview) -> tuple[Any, ...]:
         import torch
@@ -154,6 +198,8 @@ class Worker:
     def serve(self) -> None:
         while True:
             message, blobs = self.channel.receive()
+            for number in message.get("drop", ()):
+                self.graphs.pop(number, None)
             try:
                 kind, out = message["do"], []
                 if kind == "cell":
@@ -178,18 +224,26 @@ def _kind(names: dict[str, Any], name: str) -> str:
     )
 
 
-def _collect(value: Any, tensors: list[Any]) -> None:
-    """The plain tensors of a value, in the order in which `encode` sends them."""
+def _state(module: Any) -> dict[str, Any]:
+    """Path to tensor and whether it is trained, None for a buffer."""
+    trained = {n: (p.detach(), p.requires_grad) for n, p in module.named_parameters()}
+    return trained | {n: (b.detach(), None) for n, b in module.named_buffers()}
+
+
+def _set(module: Any, sent: dict[str, Any], wanted: list[Any]) -> list[Any]:
+    """Give a module the judge's tensors; those of its parameters that gradients are wanted of."""
     import torch
 
-    if type(value) in (torch.Tensor, torch.nn.Parameter):
-        tensors.append(value)
-    elif type(value) in (list, tuple):
-        for entry in value:
-            _collect(entry, tensors)
-    elif type(value) is dict:
-        for entry in value.values():
-            _collect(entry, tensors)
+    ids = {id(tensor) for tensor in wanted}
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    with torch.no_grad():
+        for path, tensor in sent.items():
+            # An equal one is left alone: autograd counts every writing.
+            if not torch.equal(own[path], tensor):
+                own[path].copy_(tensor)
+            if isinstance(own[path], torch.nn.Parameter):
+                own[path].requires_grad_(id(tensor) in ids)
+    return [own[path] for path, tensor in sent.items() if id(tensor) in ids]
 
 
 def describe(error: BaseException) -> list[str]:

@@ -56,7 +56,5 @@ def test_hostile_submissions_get_what_is_fair(case: Case):
         assert any(case.says in text for text in said), said
     left = set(descendants(os.getpid())) - before
     assert not left, [Path(f"/proc/{p}/cmdline").read_bytes() for p in left]
-    assert (
-        b"98765"
-        not in subprocess.run(["ps", "ax"], capture_output=True, check=True).stdout
-    )
+    if "98765" in case.last:  # away from its parent, it is no descendant of ours
+        assert b"98765" not in subprocess.check_output(["ps", "ax"])
