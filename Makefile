@@ -10,11 +10,11 @@ PY := $(BIN)/python
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test learn check exercises golden classroom pins clean
+.PHONY: help book serve test test-all learn check exercises golden classroom pins clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
-		|| grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST)
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
+		|| grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST)
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found: install it, or name it with make PYTHON=..."; exit 1; }
@@ -32,6 +32,9 @@ serve: book ## show the built pages at http://localhost:8000 (PORT=...)
 
 test: book ## pass all tests: package, notebooks, exercises, built pages
 	$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-cell-timeout=120 tests book exercises solutions
+
+test-all: book ## the same, with the tests that take minutes (weekly in CI)
+	$(PY) -m pytest -n 2 --dist loadscope -m "" --nbval-lax --nbval-cell-timeout=120 tests book exercises solutions
 
 learn: .venv/.installed ## copy exercise 01 to my_work/ and open it (EXERCISE=NN for another)
 	@$(BIN)/moe-course start $(or $(EXERCISE),01)

@@ -157,7 +157,7 @@ def _grade(args: argparse.Namespace) -> int:
     from moe_course.grading.judge import GRADED, UNREADABLE
     from moe_course.grading.roster import assign, filled, read_roster
     from moe_course.grading.run import UnreadableError
-    from moe_course.grading.submissions import collect
+    from moe_course.grading.submissions import collect, read
 
     if args.jobs < 1:
         raise UsageError(f"-j must be at least 1, got {args.jobs}")
@@ -209,11 +209,13 @@ def _grade(args: argparse.Namespace) -> int:
     progress = _Progress(len(submissions))
     executor, jobs, close = _executor(args)
     try:
-        batch.grade_batch(submissions, settings, out, executor, jobs, progress.add)
+        graded = batch.grade_batch(
+            read(submissions), settings, out, executor, jobs, progress.add
+        )
         summary = report.Summary(exercise)
 
         def decided() -> Iterator[tuple[str, Any]]:
-            for student, result in batch.rows(submissions, settings, out):
+            for student, result in batch.rows(graded, settings, out):
                 yield student, batch.overridden(student, result, overrides)
 
         for student, result in decided():
@@ -277,7 +279,9 @@ def _executor(args: argparse.Namespace) -> tuple[Executor, int, Callable[[], Any
         from multiprocessing import get_context
 
         # Spawned: a fork of a process that uses torch may hang.
-        pool = ProcessPoolExecutor(args.jobs, get_context("spawn"))
+        pool = ProcessPoolExecutor(
+            args.jobs, get_context("spawn"), batch.end_with_parent
+        )
         return pool, args.jobs, lambda: pool.shutdown(wait=True, cancel_futures=True)
     try:
         from distributed import Client

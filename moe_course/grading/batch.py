@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import threading
@@ -17,6 +18,7 @@ from concurrent.futures import (
 )
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from moe_course.grading.sandbox import Limits, Sandbox
 from moe_course.grading.submissions import Submission, code_cells
 
 Overrides = dict[tuple[str, str], tuple[int, str]]
+Graded = tuple[str, str]  # student and digest of the submission
 COLUMNS = ("student", "question", "points", "status", "reason", "seconds")
 FIRST_USER = 61_000  # a judge that is root gives each worker a user of its own
 USERS = 4_000
@@ -133,6 +136,18 @@ def _start(settings: Settings) -> Sandbox:
     return Sandbox(settings.limits, user, unsafe=not settings.sandboxed)
 
 
+def end_with_parent() -> None:
+    """For the processes of a pool: one whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def close_spare() -> None:
     """End the worker that waits for a submission that does not come."""
     global _spare
@@ -172,11 +187,13 @@ def grade_batch(
     executor: Executor,
     jobs: int,
     on_done: Callable[[Submission, Result, bool], None] | None = None,
-) -> None:
-    """Grade what has no result in `out` yet. Stopped at any moment, the same call goes on; no result is made twice.
+) -> list[Graded]:
+    """Grade what has no result in `out` yet, and say what has one then.
 
+    Stopped at any moment, the same call goes on; no result is made twice.
     Raises GradesError where a result cannot be written or the processes that grade have gone: the results before stay.
     """
+    graded: list[Graded] = []
     digest = settings.digest
     waiting: dict[Future[Result], Submission] = {}
 
@@ -197,7 +214,8 @@ def grade_batch(
                 on_done(submission, result, False)
 
     for submission in submissions:
-        before = _stored(out, submission, digest)
+        graded.append((submission.student, submission.digest))
+        before = _stored(out, *graded[-1], digest)
         if before is not None and before.final:
             if on_done is not None:
                 on_done(submission, before, True)
@@ -212,6 +230,7 @@ def grade_batch(
         waiting[future] = submission
     while waiting:
         finish(wait(waiting, return_when=FIRST_COMPLETED).done)
+    return graded
 
 
 def _gone(error: BrokenExecutor) -> GradesError:
@@ -221,16 +240,16 @@ def _gone(error: BrokenExecutor) -> GradesError:
     )
 
 
-def _result_path(out: Path, submission: Submission) -> Path:
-    name = hashlib.sha256(submission.student.encode()).hexdigest()[:24]
+def _result_path(out: Path, student: str) -> Path:
+    name = hashlib.sha256(student.encode()).hexdigest()[:24]
     return out / "results" / f"{name}.json"
 
 
-def _stored(out: Path, submission: Submission, digest: str) -> Result | None:
-    """The result of exactly this submission under exactly these settings, if there is one."""
+def _stored(out: Path, student: str, content: str, digest: str) -> Result | None:
+    """The result of exactly this content under exactly these settings, if there is one."""
     try:
-        raw = json.loads(_result_path(out, submission).read_text("utf-8"))
-        if raw["graded_with"] != digest or raw["submission"] != submission.digest:
+        raw = json.loads(_result_path(out, student).read_text("utf-8"))
+        if raw["graded_with"] != digest or raw["submission"] != content:
             return None
         return _result(raw["result"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -252,16 +271,16 @@ def _store(out: Path, submission: Submission, digest: str, result: Result) -> No
         "graded_with": digest,
         "result": asdict(result),
     }
-    write(_result_path(out, submission), json.dumps(content, indent=1) + "\n")
+    write(_result_path(out, submission.student), json.dumps(content, indent=1) + "\n")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises GradesError that says what is left."""
+def write(path: Path, parts: Iterable[str]) -> None:
+    """Write a file, given as text or as parts of it, whole or not at all. Raises GradesError that says what is left."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+            file.writelines([parts] if isinstance(parts, str) else parts)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -275,15 +294,15 @@ def write(path: Path, text: str) -> None:
 
 
 def rows(
-    submissions: Iterable[Submission], settings: Settings, out: Path
+    graded: Iterable[Graded], settings: Settings, out: Path
 ) -> Iterator[tuple[str, Result]]:
     """Student and result of every submission, in their order. Raises GradesError where one has none."""
     digest = settings.digest
-    for submission in submissions:
-        result = _stored(out, submission, digest)
+    for student, content in graded:
+        result = _stored(out, student, content, digest)
         if result is None:
-            raise GradesError(f"{submission.student} has no result in {out}")
-        yield submission.student, result
+            raise GradesError(f"{student} has no result in {out}")
+        yield student, result
 
 
 # --- Overrides and tables ------------------------------------------------------------
@@ -340,19 +359,21 @@ def overridden(student: str, result: Result, overrides: Overrides) -> Result:
     )
 
 
-def table(results: Iterable[tuple[str, Result]]) -> str:
+def table(results: Iterable[tuple[str, Result]]) -> Iterator[str]:
     """grades.csv: a row for each student and question. Seconds are those of the judge's work on it."""
-    from io import StringIO
 
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    def row(*cells: str) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(map(_plain, cells))
+        return text.getvalue()
+
+    yield row(*COLUMNS)
     for student, result in results:
         for v in result.verdicts:
             reason = " ".join(v.reason.split())
-            row = (student, v.question, v.points, v.status, reason, f"{v.seconds:.2f}")
-            writer.writerow([_plain(str(cell)) for cell in row])
-    return text.getvalue()
+            yield row(
+                student, v.question, str(v.points), v.status, reason, f"{v.seconds:.2f}"
+            )
 
 
 def _plain(cell: str) -> str:
@@ -360,6 +381,11 @@ def _plain(cell: str) -> str:
     return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
-def as_json(results: Iterable[tuple[str, Result]]) -> str:
+def as_json(results: Iterable[tuple[str, Result]]) -> Iterator[str]:
     """grades.json: everything that is known of every submission."""
-    return json.dumps([{"student": s} | asdict(r) for s, r in results], indent=1) + "\n"
+    before = "[\n"
+    for student, result in results:
+        yield before + json.dumps({"student": student} | asdict(result), indent=1)
+        before = ",\n"
+    yield before if before == "[\n" else ""
+    yield "\n]\n"

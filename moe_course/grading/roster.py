@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_course.grading.submissions import Submission
+from moe_course.grading.submissions import Found
 
 # doejane_LATE_1234_567890_02_math-1.ipynb: user, file (a later upload has a larger number), -1 for a second upload
 _CANVAS = re.compile(
@@ -71,20 +71,18 @@ def read_roster(path: Path) -> Roster:
     )
 
 
-def assign(
-    found: list[Submission], roster: Roster
-) -> tuple[list[Submission], list[str]]:
+def assign(found: list[Found], roster: Roster) -> tuple[list[Found], list[str]]:
     """The last attempt of each student, under the student's number; and the files that belong to none of them."""
     ids = roster.ids
-    last: dict[str, tuple[tuple[int, int], Submission]] = {}
+    last: dict[str, tuple[tuple[int, int], Found]] = {}
     strangers = []
-    for submission in found:
-        user, order = _owner(submission.name, roster.kind)
+    for one in found:
+        user, order = _owner(one.name, roster.kind)
         if user not in ids:
-            strangers.append(submission.name)
+            strangers.append(one.name)
             continue
         if user not in last or order >= last[user][0]:
-            last[user] = order, replace(submission, student=user)
+            last[user] = order, replace(one, student=user)
     return [last[user][1] for user in sorted(last, key=lambda u: ids[u])], strangers
 
 

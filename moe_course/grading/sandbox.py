@@ -288,15 +288,15 @@ class Sandbox:
     def close(self) -> None:
         """Kill the worker, with every process that it started, and free what it held here."""
         inside = descendants(self.process.pid)
-        for pid in [self.process.pid, *inside]:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(inside)
+        # bubblewrap itself last: what it started would be left for the machine's first process to bury.
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)
+        _kill([self.process.pid])
         self.process.wait()
         # The kernel takes a moment to end a namespace with all in it.
         patience = time.monotonic() + 5
-        while time.monotonic() < patience and any(
-            Path(f"/proc/{pid}").exists() for pid in inside
-        ):
+        while time.monotonic() < patience and any(map(runs, inside)):
             time.sleep(0.005)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
@@ -322,6 +322,22 @@ def _judge_folder() -> Any:
     for name in INSIDE:
         shutil.copy(HERE / name, package / name)
     return folder
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended (a zombie has: it waits to be buried)."""
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )
+    except OSError:
+        return False
 
 
 def descendants(pid: int) -> list[int]:

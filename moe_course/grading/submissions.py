@@ -9,8 +9,9 @@ import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -36,12 +37,23 @@ class Submission:
         return hashlib.sha256(self.content + b"\0" + self.reason.encode()).hexdigest()
 
 
-def collect(paths: list[Path]) -> list[Submission]:
+@dataclass(frozen=True)
+class Found:
+    """A file of one student that has not been read yet."""
+
+    student: str
+    name: str  # of the file, as it was found
+    path: Path
+    member: str = ""  # of the archive at that path
+    reason: str = ""  # why it cannot be read, where that is known already
+
+
+def collect(paths: list[Path]) -> list[Found]:
     """Every notebook named, inside the folders named, or inside the zip archives found.
 
     Raises UnreadableError on a path that is not there and when there is no notebook at all.
     """
-    found: list[Submission] = []
+    found: list[Found] = []
     for path in paths:
         if not path.exists() and not path.is_symlink():
             raise UnreadableError(f"{path}: there is no such file or folder")
@@ -49,15 +61,15 @@ def collect(paths: list[Path]) -> list[Submission]:
             for inside in sorted(path.rglob("*")):
                 hidden = ".ipynb_checkpoints" in inside.parts
                 if inside.suffix.lower() in (".ipynb", ".zip") and not hidden:
-                    found += _read(inside, inside.relative_to(path).as_posix())
+                    found += _files(inside, inside.relative_to(path).as_posix())
         else:
-            found += _read(path, path.name)
+            found += _files(path, path.name)
     if not found:
         raise UnreadableError(f"no notebook in {', '.join(map(str, paths))}")
     return _named_apart(found)
 
 
-def _named_apart(found: list[Submission]) -> list[Submission]:
+def _named_apart(found: list[Found]) -> list[Found]:
     """A student is the file's stem where that is unique, its whole path where not; the same path twice is numbered."""
     stems = Counter(PurePosixPath(s.name).stem for s in found)
     seen: Counter[str] = Counter()
@@ -72,74 +84,65 @@ def _named_apart(found: list[Submission]) -> list[Submission]:
     return apart
 
 
-def _read(path: Path, name: str) -> Iterator[Submission]:
-    if path.suffix.lower() == ".zip":
-        yield from _members(path, name)
+def _files(path: Path, name: str) -> Iterator[Found]:
+    """The file itself, or the notebooks of an archive. A member's path with .. is a name like any other."""
+    if path.suffix.lower() != ".zip":
+        yield Found("", name, path)
         return
     try:
-        kind = path.lstat().st_mode
-        if stat.S_ISLNK(kind):
-            yield Submission(
-                "", name, reason="a symbolic link; hand in the file itself"
-            )
-        elif stat.S_ISDIR(kind):
-            yield Submission("", name, reason="a folder, not a file")
-        elif not stat.S_ISREG(kind):
-            yield Submission("", name, reason="not a regular file")
-        else:
-            # Not through a link that takes its place meanwhile.
-            with os.fdopen(
-                os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb"
-            ) as file:
-                yield _bounded(file, name)
-    except OSError as error:
-        yield Submission("", name, reason=f"cannot be read ({error.strerror})")
-
-
-def _bounded(file: BinaryIO | Any, name: str) -> Submission:
-    content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        return Submission("", name, reason=f"larger than {MOST_BYTES // 2**20} MiB")
-    return Submission("", name, content)
-
-
-def _members(path: Path, name: str) -> Iterator[Submission]:
-    """The notebooks of an archive. Members are read, never extracted: a path with .. is a name like any other."""
-    try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if len(members) > MOST_MEMBERS:
-                yield Submission(
-                    "", name, reason=f"an archive of more than {MOST_MEMBERS:,} files"
-                )
-                return
-            for member in sorted(members, key=lambda m: m.filename):
-                inside = PurePosixPath(member.filename)
-                skip = (
-                    "__MACOSX" in inside.parts or ".ipynb_checkpoints" in inside.parts
-                )
-                if inside.suffix.lower() != ".ipynb" or member.is_dir() or skip:
-                    continue
-                label = f"{name}/{member.filename}"
-                try:
-                    with archive.open(member) as file:
-                        yield _bounded(file, label)
-                except (
-                    zipfile.BadZipFile,
-                    RuntimeError,
-                    NotImplementedError,
-                    OSError,
-                    EOFError,
-                ) as error:
-                    yield Submission(
-                        "", label, reason=f"cannot be read from its archive ({error})"
-                    )
-                except Exception as error:  # zlib and lzma raise errors of their own
-                    yield Submission(
-                        "", label, reason=f"is damaged ({type(error).__name__})"
-                    )
+            members = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error:
-        yield Submission("", name, reason=f"no zip archive ({error})")
+        yield Found("", name, path, reason=f"no zip archive ({error})")
+        return
+    if len(members) > MOST_MEMBERS:
+        reason = f"an archive of more than {MOST_MEMBERS:,} files"
+        yield Found("", name, path, reason=reason)
+        return
+    for member in sorted(members):
+        inside = PurePosixPath(member)
+        skip = "__MACOSX" in inside.parts or ".ipynb_checkpoints" in inside.parts
+        if inside.suffix.lower() == ".ipynb" and not member.endswith("/") and not skip:
+            yield Found("", f"{name}/{member}", path, member)
+
+
+def read(found: Iterable[Found]) -> Iterator[Submission]:
+    """The submissions, one at a time: a class need not fit into memory."""
+    for path, group in groupby(found, key=lambda one: one.path):
+        archive: Any = None
+        for one in group:
+            content, reason = b"", one.reason
+            try:
+                if one.member and archive is None:
+                    archive = zipfile.ZipFile(path)
+                if not reason:
+                    with (
+                        archive.open(one.member) if one.member else _open(path) as file
+                    ):
+                        content = file.read(MOST_BYTES + 1)
+                if len(content) > MOST_BYTES:
+                    content, reason = b"", f"larger than {MOST_BYTES // 2**20} MiB"
+            except UnreadableError as error:
+                reason = str(error)
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror or error})"
+            except Exception as error:  # zlib and lzma raise errors of their own
+                reason = f"is damaged ({type(error).__name__}: {error})"
+            yield Submission(one.student, one.name, content, reason)
+        if archive is not None:
+            archive.close()
+
+
+def _open(path: Path) -> BinaryIO:
+    kind = path.lstat().st_mode
+    if stat.S_ISLNK(kind):
+        raise UnreadableError("a symbolic link; hand in the file itself")
+    if stat.S_ISDIR(kind):
+        raise UnreadableError("a folder, not a file")
+    if not stat.S_ISREG(kind):
+        raise UnreadableError("not a regular file")
+    # Not through a link that takes its place meanwhile.
+    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb")
 
 
 def code_cells(content: bytes, number: str) -> list[str]:

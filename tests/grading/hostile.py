@@ -37,6 +37,11 @@ class Case:
     status: str = "graded"
     says: str = ""  # in some reason
 
+    @property
+    def thorough(self) -> bool:
+        """Slow, or much like another one of its kind: not in every run."""
+        return self.name in THOROUGH
+
     def cells(self) -> list[str]:
         cells = [
             self.answers.get(tag, source) for tag, source in solution(self.exercise)
@@ -73,6 +78,26 @@ def _tensor(name: str, body: str, says: str = "", lost: bool = True) -> Case:
         name, "02", answers={"02.1": code}, lost=("02.1",) if lost else (), says=says
     )
 
+
+THOROUGH = {
+    "sleep in an answer",
+    "endless loop in __del__",
+    "stops itself",
+    "an interrupt in an answer",
+    "abort",
+    "os._exit at top level",
+    "patched builtins",
+    "patched checks",
+    "a message of 2^60 bytes",
+    "closes everything",
+    "the package's answer through sys.modules",
+    "the package's answer through inspect",
+    "a deep value",
+    "a text of 100 MB",
+    "a value whose repr fails",
+    "a sparse tensor",
+    "a tensor of 10^10 entries",
+}
 
 RIGHT = "return active + (new_k - k) * (total - active) // (experts - k)"
 WRONG = "return 1"
@@ -143,6 +168,15 @@ CASES = [
     _spoilt("an object that lies about its class", "return type('L', (), {'__class__': property(lambda s: int), '__eq__': lambda a, b: True})()"),
     _spoilt("the package's answer", "from moe_course.specs import ModelSpec; return 1", "ModuleNotFoundError"),
     _spoilt("the package's answer through sys.modules", "import sys; return sys.modules['moe_course'].specs", "no attribute"),
+    _spoilt("the package's answer through inspect", "import inspect, moe_course; return len(inspect.getsource(moe_course))"),
+    _spoilt(
+        "the package's source, found where it is installed",
+        "import glob, sys\n"
+        "    found = [f for p in sys.path for f in glob.glob(p + '/moe_course/**/*.py', recursive=True)]\n"
+        "    found += [line for p in sys.path for f in glob.glob(p + '/*moe_course*') for line in glob.glob(f + '/*.py')]\n"
+        "    exec(open(found[0]).read()); return 1",
+        "IndexError",
+    ),
     _spoilt(
         "looks for the checks on disk",
         "import os, re\n"

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import zipfile
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -171,26 +173,80 @@ def test_a_class_from_the_command_line(klass, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("_sandboxed")
-def test_a_killed_batch_goes_on_and_ends_as_if_it_had_not_been(klass, tmp_path):
+def test_every_odd_file_has_one_result(tmp_path, capsys):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    whole = notebook()
+    odd = json.loads(whole)
+    odd["metadata"]["kernelspec"] = {"name": "julia-1.10", "display_name": "Julia"}
+    for cell in odd["cells"]:
+        cell["id"] = "same"
+    (folder / "kernel and ids.ipynb").write_text(json.dumps(odd))
+    (folder / "cut.ipynb").write_text(whole[: len(whole) // 2])
+    (folder / "empty.ipynb").write_text("")
+    (folder / "latin.ipynb").write_bytes(whole.encode() + b"\xe9")
+    (folder / "list.ipynb").write_text("[1, 2]")
+    (folder / "other.ipynb").write_text(notebook(number="02"))
+    with (folder / "large.ipynb").open("wb") as file:
+        file.truncate(300_000_000)
+    (folder / "link.ipynb").symlink_to("/etc/passwd")
+    (folder / "folder.ipynb").mkdir()
+    bomb = bytes(30 * 2**20)
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../../up.ipynb", "{}")
+        archive.writestr("bomb.ipynb", bomb)
+    out = tmp_path / "grades"
+    assert cli.main(["grade", str(folder), "--exercise", "01", "-o", str(out)]) == 0
+    assert "11 submissions: 1 graded, 10 unreadable" in capsys.readouterr().out
+    rows = read(out)
+    assert len(rows) == 11 * 7
+    assert points(rows).pop("kernel and ids") == 20
+    reasons = {r["student"]: r["reason"] for r in rows if r["status"] == "unreadable"}
+    assert len(reasons) == 10
+    assert all(reasons.values())
+    assert not (tmp_path / "up.ipynb").exists()
+    assert "exercise 02, not 01" in reasons["other"]
+    assert "20 MiB" in reasons["large"]
+    assert "20 MiB" in reasons["bomb"]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.thorough)])
+@pytest.mark.usefixtures("_sandboxed")
+def test_a_killed_batch_goes_on_and_ends_as_if_it_had_not_been(klass, tmp_path, kills):
+    """At any moment: while Python starts, while processes do, between results, while tables are written."""
+    if kills > 3:  # enough work that every kill has something to interrupt
+        for n in range(2 * kills):
+            text = (klass / ("ben" if n % 2 else "ada")).with_suffix(".ipynb")
+            (klass / f"s{n}.ipynb").write_text(text.read_text())
     words = [sys.executable, "-m", "moe_course.cli", "grade", str(klass)]
     words += ["--exercise", "01", "-j", "2", "-o"]
     subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)
     rng = random.Random(0)
     out = tmp_path / "killed"
-    for _ in range(4):
+    done: dict[Path, int] = {}
+    started: set[int] = set()
+    for _ in range(kills):
         command = subprocess.Popen(
             [*words, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(rng.uniform(2, 14))
+        time.sleep(rng.uniform(1, 12))
+        started.update(sandbox.descendants(command.pid))
         command.send_signal(signal.SIGKILL)
         command.wait()
         for path in out.glob("results/*.json"):
             json.loads(path.read_text())  # whole, or not there
-    done = {p: p.stat().st_mtime_ns for p in out.glob("results/*.json")}
+            when = path.stat().st_mtime_ns
+            assert done.setdefault(path, when) == when  # nothing is graded twice
     subprocess.run([*words, str(out)], check=True, capture_output=True)
     assert without_seconds(out) == without_seconds(tmp_path / "whole")
     for path, when in done.items():
         assert path.stat().st_mtime_ns == when
+    # What the killed ones left running ends by itself.
+    patience = time.monotonic() + 20
+    while any(map(sandbox.runs, started)):
+        assert time.monotonic() < patience
+        time.sleep(0.2)
 
 
 PRIVATE = """
@@ -204,8 +260,9 @@ PRIVATE = {"01.6": (Invariant("holds in a case of our own", 2, test, "look again
 
 def grade_here(submissions, settings, out, **options):
     with ThreadPoolExecutor(1) as pool:
-        batch.grade_batch(submissions, settings, out, pool, 1, **options)
+        graded = batch.grade_batch(submissions, settings, out, pool, 1, **options)
     batch.close_spare()
+    return graded
 
 
 @pytest.mark.usefixtures("_sandboxed")
@@ -217,12 +274,12 @@ def test_private_checks_count_and_change_what_is_regraded(tmp_path):
     out = tmp_path / "out"
     grade_here([one], Settings("01"), out)
     settings = Settings("01", private=batch.read_private(folder, "01"))
-    grade_here([one], settings, out)
-    ((_, result),) = batch.rows([one], settings, out)
+    graded = grade_here([one], settings, out)
+    ((_, result),) = batch.rows(graded, settings, out)
     assert result.points == 22
     assert "hidden case" not in json.dumps(result.verdicts[0].lines)
     with pytest.raises(GradesError, match="ada has no result"):
-        list(batch.rows([one], Settings("01"), out))
+        list(batch.rows(graded, Settings("01"), out))
 
 
 @pytest.mark.parametrize(
@@ -310,6 +367,22 @@ def test_results_that_cannot_be_written_are_an_error_that_keeps_the_others(
     assert seen == [("ada", True), ("ben", False)]
 
 
+def test_memory_does_not_grow_with_the_class(tmp_path):
+    """A thousand submissions of 300 kB are 300 MB: one after the other, they never lie in memory together."""
+    large = b"[" + b" " * 300_000
+    many = (Submission(f"s{n}", f"s{n}.ipynb", large + b"%d" % n) for n in range(1000))
+    tracemalloc.start()
+    graded = grade_here(many, Settings("01"), tmp_path)
+    for name, parts in (("table", batch.table), ("json", batch.as_json)):
+        rows = batch.rows(graded, Settings("01"), tmp_path)
+        batch.write(tmp_path / name, parts(rows))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12e6
+    assert len(json.loads((tmp_path / "json").read_text())) == 1000
+    assert (tmp_path / "table").read_text().count("\n") == 1 + 7 * 1000
+
+
 def test_a_damaged_result_is_made_again(tmp_path):
     out, settings = tmp_path / "out", Settings("01")
     grade_here(students("ada"), settings, out)
@@ -327,13 +400,13 @@ def test_a_judge_that_fails_is_not_the_students_fault(tmp_path):
             return super().submit(lambda: 1 / 0)
 
     with Broken(1) as pool:
-        batch.grade_batch(students("ada"), Settings("01"), tmp_path, pool, 1)
-    ((_, result),) = batch.rows(students("ada"), Settings("01"), tmp_path)
+        graded = batch.grade_batch(students("ada"), Settings("01"), tmp_path, pool, 1)
+    ((_, result),) = batch.rows(graded, Settings("01"), tmp_path)
     assert result.status == NEEDS_REVIEW
     assert "the judge itself failed (ZeroDivisionError" in result.reason
     # The next run, on a machine in order, tries again.
-    grade_here(students("ada"), Settings("01"), tmp_path)
-    ((_, result),) = batch.rows(students("ada"), Settings("01"), tmp_path)
+    graded = grade_here(students("ada"), Settings("01"), tmp_path)
+    ((_, result),) = batch.rows(graded, Settings("01"), tmp_path)
     assert result.status == "unreadable"
 
 
@@ -413,7 +486,7 @@ def test_overrides_that_cannot_be_followed_name_their_line(tmp_path, text, says)
 
 def test_a_table_that_a_spreadsheet_may_open():
     result = nothing_graded("01", "unreadable", "=HYPERLINK(1)\nsecond line")
-    table = batch.table([("@sum", result)])
+    table = "".join(batch.table([("@sum", result)]))
     row = next(csv.DictReader(io.StringIO(table)))
     assert row["student"] == "'@sum"
     assert row["reason"] == "'=HYPERLINK(1) second line"

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import CASES, Case, solution
+from hostile import CASES, THOROUGH, Case, solution
 
 from moe_course.grading.core import load_exercise
 from moe_course.grading.judge import judge
@@ -28,6 +28,12 @@ def run(cells, number, **options):
     return judge(cells, number, lambda: Sandbox(LIMITS), limits=LIMITS, **options)
 
 
+def test_the_catalogue_names_every_case_once():
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names)) >= 60
+    assert set(names) >= THOROUGH
+
+
 @pytest.mark.parametrize("number", ["01", "02"])
 def test_worked_solutions_earn_full_marks(number):
     result = run([source for _, source in solution(number)], number, seed="class 7")
@@ -36,7 +42,13 @@ def test_worked_solutions_earn_full_marks(number):
     assert not result.troubles
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=c.name, marks=[pytest.mark.thorough] * c.thorough)
+        for c in CASES
+    ],
+)
 def test_hostile_submissions_get_what_is_fair(case: Case):
     before = set(descendants(os.getpid()))
     begin = time.monotonic()

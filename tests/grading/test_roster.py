@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 
 from moe_course import cli
 from moe_course.grading.roster import RosterError, assign, filled, read_roster
-from moe_course.grading.submissions import Submission
+from moe_course.grading.submissions import Found
 
 CANVAS = """\ufeffStudent,ID,SIS User ID,SIS Login ID,Section,Exercise 01 (11),Exercise 02 (12)
     Points Possible,,,,,20,25
@@ -24,7 +25,7 @@ Participant 502,Rick Roe,r@x.org,No submission,,25.00
 
 
 def files(*names):
-    return [Submission("", name, b"x") for name in names]
+    return [Found("", name, Path(name)) for name in names]
 
 
 @pytest.fixture

@@ -31,11 +31,12 @@ def ask(worker, expression, seconds=30):
     source = f"import os, socket, sys\ndef f():\n    return {expression}\n"
     reply, _ = worker.ask({"do": "cell", "source": source, "number": 1}, [], seconds)
     assert "error" not in reply, reply
-    coded = wire.encode(((), {}), [])
+    coded = wire.encode(((), {}, []), [])
     message = {"do": "call", "target": "f", "arguments": coded}
     reply, raw = worker.ask(message, [], seconds)
     assert "error" not in reply, reply
-    return wire.decode(reply["value"], raw)
+    value, _ = wire.decode(reply["value"], raw)
+    return value
 
 
 def fails(worker, statement):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moe_course.grading import submissions
 from moe_course.grading.run import UnreadableError
-from moe_course.grading.submissions import MOST_BYTES, code_cells, collect
+from moe_course.grading.submissions import MOST_BYTES, code_cells, collect, read
 
 ROOT = Path(__file__).parents[2]
 STUB = (ROOT / "exercises" / "02_math.ipynb").read_bytes()
@@ -118,7 +118,7 @@ def test_files_folders_and_archives(tmp_path):
         archive(**{"x/ben.ipynb": STUB, "__MACOSX/x/ben.ipynb": b"", "x/notes.md": ""})
     )
     (tmp_path / "cleo.ipynb").write_bytes(STUB)
-    found = collect([tmp_path / "a", tmp_path / "cleo.ipynb"])
+    found = [*read(collect([tmp_path / "a", tmp_path / "cleo.ipynb"]))]
     assert {s.student for s in found} == {"ada", "ben", "cleo"}
     assert all(s.content == STUB for s in found)
 
@@ -140,13 +140,13 @@ def test_what_is_no_plain_file_has_a_reason(tmp_path):
     with (tmp_path / "large.ipynb").open("wb") as file:
         file.truncate(300_000_000)
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 no archive")
-    reasons = {s.name: s.reason for s in collect([tmp_path])}
+    reasons = {s.name: s.reason for s in read(collect([tmp_path]))}
     assert "a folder" in reasons["folder.ipynb"]
     assert "symbolic link" in reasons["link.ipynb"]
     assert "symbolic link" in reasons["gone.ipynb"]
     assert "larger than 20 MiB" in reasons["large.ipynb"]
     assert "no zip archive" in reasons["broken.zip"]
-    assert all(not s.content for s in collect([tmp_path]))
+    assert all(not s.content for s in read(collect([tmp_path])))
 
 
 def test_an_archive_writes_nothing_and_a_bomb_does_not_burst(tmp_path, monkeypatch):
@@ -155,12 +155,12 @@ def test_an_archive_writes_nothing_and_a_bomb_does_not_burst(tmp_path, monkeypat
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "x.zip"
     path.write_bytes(archive(**members))
-    found = {s.name: s for s in collect([path])}
+    found = {s.name: s for s in read(collect([path]))}
     assert found["x.zip/../../up.ipynb"].content == STUB
     assert "larger" in found["x.zip/bomb.ipynb"].reason
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "x.zip"]
     monkeypatch.setattr(submissions, "MOST_MEMBERS", 2)
-    (only,) = collect([path])
+    (only,) = read(collect([path]))
     assert "more than 2 files" in only.reason
 
 
@@ -169,9 +169,25 @@ def test_a_damaged_member_does_not_hide_the_others(tmp_path):
     at = raw.index(b"a.ipynb") + 60
     raw[at : at + 20] = bytes(20)
     (tmp_path / "x.zip").write_bytes(raw)
-    found = {s.student: s for s in collect([tmp_path / "x.zip"])}
+    found = {s.student: s for s in read(collect([tmp_path / "x.zip"]))}
     assert found["a"].reason
     assert found["b"].content == STUB
+
+
+def test_what_changes_between_finding_and_reading_has_a_reason(tmp_path):
+    (tmp_path / "a.ipynb").write_bytes(STUB)
+    (tmp_path / "b.ipynb").write_bytes(STUB)
+    (tmp_path / "c.zip").write_bytes(archive(**{"d.ipynb": STUB, "e.ipynb": STUB}))
+    found = collect([tmp_path])
+    (tmp_path / "a.ipynb").unlink()
+    (tmp_path / "b.ipynb").unlink()
+    (tmp_path / "b.ipynb").symlink_to("/etc/passwd")
+    (tmp_path / "c.zip").write_bytes(archive(**{"e.ipynb": STUB}))
+    reasons = {s.student: s.reason for s in read(found)}
+    assert "cannot be read" in reasons["a"]
+    assert "symbolic link" in reasons["b"]
+    assert "damaged" in reasons["d"]
+    assert not reasons["e"]
 
 
 def test_nothing_to_grade_is_an_error(tmp_path):
