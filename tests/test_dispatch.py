@@ -497,7 +497,10 @@ def test_capacity_rounds_up(tokens, k, num_experts, factor, capacity):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop": "random"}, "drop must be 'position' or 'probs', got 'random'"),
+        (
+            {"drop": "random"},
+            "drop must be 'position', 'probs' or 'prioritised', got 'random'",
+        ),
         ({"capacity": -1}, "capacity must not be negative, got -1"),
         ({"num_experts": 2}, r"expert ids must lie in 0\.\.2 .*, got 0\.\.3"),
     ],

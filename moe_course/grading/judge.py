@@ -94,7 +94,9 @@ def judge(
             verdicts.append(_one(session, question, seed))
     finally:
         session.close()
-    reasons = [v.reason for v in verdicts if v.status == NEEDS_REVIEW]
+    reasons = [
+        f"{v.question}: {v.reason}" for v in verdicts if v.status == NEEDS_REVIEW
+    ]
     stopped = [f"cell {n}: {why}" for n, why in sorted(session.skipped.items())]
     raised = [f"cell {n}: {why}" for n, why in sorted(session.troubles.items())]
     status = NEEDS_REVIEW if reasons or stopped else GRADED

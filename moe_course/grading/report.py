@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from html import escape
 
 from moe_course.grading.core import Exercise
-from moe_course.grading.judge import GRADED, Result, Verdict
+from moe_course.grading.judge import GRADED, UNREADABLE, Result, Verdict
 
 MARKS = {"passed": "✓", "failed": "✗", "not reached": "–"}
 
@@ -112,7 +112,8 @@ class Summary:
     def add(self, student: str, result: Result) -> None:
         self.statuses[result.status] += 1
         self.unsandboxed += not result.sandboxed
-        for v in result.verdicts:
+        # What nobody could read says nothing about the questions.
+        for v in result.verdicts if result.status != UNREADABLE else ():
             self.points.setdefault(v.question, Counter())[v.points] += 1
             self.out_of[v.question], self.titles[v.question] = v.out_of, v.title
             for line in v.lines:
@@ -146,10 +147,12 @@ class Summary:
         parts.append("<h2>Points per question</h2>")
         parts.append(
             _table(
-                ("question", "mean", "of", "how many got which"),
+                ("question", "mean", "of", "points: how many got them"),
                 map(self._distribution, self.points),
             )
         )
+        if self.statuses[UNREADABLE]:
+            parts.append("<p>Without what is unreadable.</p>")
         most = [
             f'<tr><td>{question}</td><td>{escape(name)}</td><td class="n">{n}</td></tr>'
             for (question, name), n in self.failed.most_common(10)

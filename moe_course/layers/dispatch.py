@@ -25,7 +25,7 @@ from torch import Tensor
 from moe_course.layers.experts import Experts
 from moe_course.layers.routing import Routing, Slots
 
-Drop = Literal["position", "probs"]
+Drop = Literal["position", "probs", "prioritised"]
 
 
 def expert_capacity(
@@ -50,14 +50,18 @@ def slots_from_routing(
 
     token_mask: False marks padding, which takes no slot and no capacity.
     capacity: the most slots of one expert. The rest is dropped: with drop="position" the last tokens (of one token
-        the later choice), with "probs" those of the smallest weight, the later of equal ones.
+        the later choice), with "probs" those of the smallest weight, the later of equal ones; with "prioritised" later
+        choices before first ones, and among equal ones tokens whose largest weight is small (batch-prioritised routing:
+        V-MoE, arXiv:2106.05974, section 4.1).
     sequence_length: counts the capacity anew in every sequence of that many tokens.
 
     An expert id equal to E is a choice of no expert and takes no slot. Raises ValueError on ids outside 0..E, on a
     negative capacity and on an unknown drop.
     """
-    if drop not in ("position", "probs"):
-        raise ValueError(f"drop must be 'position' or 'probs', got {drop!r}")
+    if drop not in ("position", "probs", "prioritised"):
+        raise ValueError(
+            f"drop must be 'position', 'probs' or 'prioritised', got {drop!r}"
+        )
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity must not be negative, got {capacity}")
     k = routing.expert_ids.shape[1]
@@ -74,6 +78,10 @@ def slots_from_routing(
     if capacity is not None:
         if drop == "probs":
             slot = slot[weight[slot].argsort(descending=True, stable=True)]
+        elif drop == "prioritised":
+            best = routing.weights.detach().amax(dim=1)
+            slot = slot[best[slot // k].argsort(descending=True, stable=True)]
+            slot = slot[(slot % k).argsort(stable=True)]
         counter = expert
         if sequence_length is not None:
             sequence = torch.arange(len(expert), device=expert.device) // (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_course.layers.dispatch import (
     DISPATCH,
+    Drop,
     expert_capacity,
     slots_from_routing,
 )
@@ -26,7 +27,8 @@ class MoE(nn.Module):
     shared_gate: g = sigmoid(shared_gate(x)), a linear map to one number (Qwen2-MoE); without it g = 1.
     dispatch: how the sum is computed, a name in `layers.dispatch.DISPATCH`.
     capacity_factor: an expert takes at most ceil(factor · T·K/E) slots, T counting the tokens that are no padding; what
-        is beyond is dropped by position and contributes exactly 0. None drops nothing.
+        is beyond is dropped and contributes exactly 0. None drops nothing.
+    drop: which slots are dropped, "position", "probs" or "prioritised": see `slots_from_routing`.
     sequence_capacity: an expert takes at most this many slots of one sequence, the tokens along the last dimension but
         one; so `transformers` runs Switch. Not together with capacity_factor.
     """
@@ -40,6 +42,7 @@ class MoE(nn.Module):
         dispatch: str = "grouped",
         capacity_factor: float | None = None,
         sequence_capacity: int | None = None,
+        drop: Drop = "position",
     ) -> None:
         super().__init__()
         if dispatch not in DISPATCH:
@@ -58,7 +61,7 @@ class MoE(nn.Module):
         self.router, self.experts = router, experts
         self.shared, self.shared_gate = shared, shared_gate
         self.dispatch, self.capacity_factor = dispatch, capacity_factor
-        self.sequence_capacity = sequence_capacity
+        self.sequence_capacity, self.drop = sequence_capacity, drop
 
     def forward(
         self,
@@ -117,5 +120,5 @@ class MoE(nn.Module):
                 real_tokens, k, num_experts, self.capacity_factor
             )
         return decision, slots_from_routing(
-            decision, num_experts, mask, capacity, sequence_length=length
+            decision, num_experts, mask, capacity, self.drop, length
         )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from moe_course.balance import load_balancing_loss
+from moe_course.balance import assignments, load_balancing_loss
 from moe_course.layers import Routing
 from moe_course.specs import GQA, ModelSpec
 from moe_course.training.data import Batches
@@ -102,9 +102,8 @@ def load_per_expert(routings: list[Routing]) -> list[list[float]]:
     """Share of the assignments that each expert of each sparse layer received, as [layer][expert]."""
     shares = []
     for routing in routings:
-        ids, experts = routing.expert_ids.flatten(), routing.probs.shape[-1]
-        counts = torch.bincount(ids, minlength=experts)[:experts]
-        shares.append((counts / max(1, len(ids))).tolist())
+        counts = assignments(routing)
+        shares.append((counts / max(1, routing.expert_ids.numel())).tolist())
     return shares
 
 
