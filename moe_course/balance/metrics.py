@@ -68,7 +68,7 @@ def drop_rate(
 
 def class_counts(
     routing: Routing, classes: Int[Tensor, " T"], num_classes: int
-) -> Int[Tensor, "C E"]:
+) -> Int[Tensor, "classes E"]:
     """Assignments by class of the token and expert. A class is a domain, a token id, a part of speech.
 
     Row by row divided by its sum, this is the domain or vocabulary specialisation of
@@ -89,7 +89,7 @@ def class_counts(
     return table.view(num_classes, wide)[:, :-1]
 
 
-def mutual_information(table: Int[Tensor, "C E"]) -> float:
+def mutual_information(table: Int[Tensor, "classes E"]) -> float:
     """Bits that the class of a token tells about its expert, from their counts.
 
         sum over c, e of p_ce · log2(p_ce / (p_c · p_e))

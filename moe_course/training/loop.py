@@ -151,6 +151,7 @@ def train(
     auxiliary: Callable[[list[Routing]], Tensor] = mean_balancing_loss,
     checkpoint: Path | None = None,
     on_step: Callable[[int], None] | None = None,
+    after_step: Callable[[nn.Module, list[Routing]], None] | None = None,
 ) -> list[Row]:
     """Train `model` in place and return the log.
 
@@ -162,6 +163,8 @@ def train(
     checkpoint: a file. If it is there the run goes on from it, and its log is the one
         that an uninterrupted run would have written, seconds apart.
     on_step: called with the number of steps done.
+    after_step: called with the model and the routings of the step, after the optimizer's
+        part of it: sets biases, or looks at loads.
 
     A row holds `step`, `bytes` seen, `flops`, `seconds` of training (evaluation and
     checkpoints not counted), `lr`, `train_bits` per byte (mean since the last row),
@@ -228,6 +231,8 @@ def train(
         (loss + recipe.balance * extra).backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
+        if after_step is not None:
+            after_step(model, routings)
         done += 1
         nats, since = nats + loss.item(), since + 1
         if not math.isfinite(nats):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_course import cli
+from moe_course import cli, records
 from moe_course.grading import sample, sandbox
 from moe_course.grading.sample import answer, slip, write_class
 from moe_course.grading.submissions import code_cells
@@ -85,6 +85,18 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys, words, says):
         (place / "x").write_text("")
     assert sample.main([str(place), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_instructors_page_quotes_the_benchmark(root):
+    page = (root / "book/start/instructors.md").read_text("utf-8")
+    told = re.search(
+        r"(\d+) submissions of exercise 01 and (\d+) of 02 a minute,\s+([\d.]+) and ([\d.]+) times as many as",
+        page,
+    ).groups()
+    rows = records.load(root / "book/data/records/grading_cpu.json").rows
+    assert [r["exercise"] for r in rows] == ["01", "02"]
+    assert list(told[:2]) == [f"{r['ours_per_minute']:.0f}" for r in rows]
+    assert list(told[2:]) == [f"{r['ratio']:.1f}" for r in rows]
 
 
 @pytest.mark.thorough
