@@ -16,15 +16,15 @@ from moe_course.grading.judge import GRADED, UNREADABLE, Result, Verdict
 MARKS = {"passed": "✓", "failed": "✗", "not reached": "–"}
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #00704a; --bad: #b3261e; --mixed: #8a5a00; }
-@media (prefers-color-scheme: dark) { :root { --good: #4cc38a; --bad: #ff8a80; --mixed: #f2b84b; } }
+:root { color-scheme: light dark; --line: #8884; --good: #00704a; --bad: #b3261e; --mixed: #8a5a00; --bar: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --good: #4cc38a; --bad: #ff8a80; --mixed: #f2b84b; --bar: #56b4e9; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .6rem 1.6rem; font-size: .9rem; }
 .passed { color: var(--good); } .failed { color: var(--bad); } .review { color: var(--mixed); }
-.bar { display: inline-block; height: .8rem; background: currentColor; vertical-align: middle; }
+.bar { display: inline-block; height: .8rem; background: var(--bar); vertical-align: middle; }
 .wide { overflow-x: auto; }
 """
 

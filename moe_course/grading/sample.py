@@ -67,7 +67,9 @@ def slip(source: str, rng: random.Random) -> str:
                 return super().generic_visit(node)
             if isinstance(node, ast.Constant):
                 assert isinstance(node.value, int)
-                return ast.Constant(node.value + rng.choice([-1, 1]))
+                # Not -1: that would be two things, a minus and a one.
+                other = node.value + rng.choice([-1, 1])
+                return ast.Constant(other if other >= 0 else 1)
             return SWAPPED[type(node)]()
 
     return ast.unparse(ast.fix_missing_locations(Change().visit(tree)))

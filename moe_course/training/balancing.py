@@ -1,7 +1,6 @@
 """What keeps a router balanced, measured: every cure on the same small language model, and what its experts come to do.
 
-    python -m moe_course.training.balancing              about half an hour on 2 cores
-    python -m moe_course.training.balancing --quick      a few of the runs, shortened, under a minute
+    python -m moe_course.training.balancing [--jobs N]       93 runs, about ten minutes on two idle cores
 
 A finished run is a JSON file: the same command goes on where it was stopped.
 """
@@ -77,7 +76,7 @@ class Setup:
     hidden: int = 128  # of one expert
     context: int = 128
     batch_size: int = 8
-    steps: int = 600
+    steps: int = 300
     every: int = 20  # steps that one row of the load's history sums up
     held_out: int = 16_384  # bytes of each domain
 
@@ -115,8 +114,8 @@ def train(
 ) -> tuple[Transformer, dict[str, Any]]:
     """Train one model; returns it, and what became of its load and its loss.
 
-    `history`: assignments by row of `every` steps, layer and expert. `held_out`: by domain the loss in bits per byte and
-    the assignments by layer and expert.
+    `history`: assignments by row of `every` steps, layer and expert. `held_out`: by
+    domain the loss in bits per byte and the assignments by layer and expert.
     """
     torch.manual_seed(run.seed)
     model = setup.model(run)
@@ -184,8 +183,9 @@ def evaluate(model: nn.Module, domain: str, setup: Setup) -> dict[str, Any]:
 def row(result: dict[str, Any], history: bool = False) -> dict[str, Any]:
     """One run as a record holds it: flat, the balance of each layer on held-out text beside the loss.
 
-    `held_out_bits`: mean over the domains, in bits per byte. The lists are by layer: `max_violation` and
-    `dead_experts` of the load over all domains, `domain_bits` what the domain of a byte tells about its expert, in bits.
+    `held_out_bits`: mean over the domains, in bits per byte. The lists are by layer:
+    `max_violation` and `dead_experts` of the load over all domains, `domain_bits` what
+    the domain of a byte tells about its expert, in bits.
     """
     held_out = result["held_out"]
     by_domain = torch.tensor(
@@ -209,3 +209,113 @@ def row(result: dict[str, Any], history: bool = False) -> dict[str, Any]:
         flat["history"] = result["history"]
         flat["by_domain"] = by_domain.tolist()
     return flat
+
+
+# --- The study -----------------------------------------------------------------------
+
+SEEDS = (0, 1, 2)
+ALPHAS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
+STEPS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the bias
+
+
+def runs() -> list[Run]:
+    """All of them, seed by seed: a study that is cut short has whole comparisons."""
+    each = [Run("none"), *(Run("switch", alpha) for alpha in ALPHAS)]
+    each += [Run("bias", step) for step in STEPS]
+    each += [Run("bias, proportional", step) for step in (1e-3, 1e-2)]
+    for more in (
+        {"k": 2}, {"k": 4}, {"experts": 16}, {"experts": 32}, {"experts": 64}
+    ):  # fmt: skip
+        each += [Run("none", **more), Run("switch", 1e-2, **more)]
+    each += [Run("sequence", 1e-2), Run("importance", 1e-1), Run("z", 1e-3)]
+    each += [Run("hash"), Run("sinkhorn"), Run("importance + load", 1e-1, k=2)]
+    return [replace(run, seed=seed) for seed in SEEDS for run in each]
+
+
+def with_history(run: Run) -> bool:
+    """Whether the record keeps a run's load over time, by layer: it is long."""
+    kept = {("none", 0.0), ("switch", 1e-2), ("switch", 10.0), ("bias", 1e-2)}
+    small = run.experts == 8 and run.k == 1
+    return run.seed == 0 and small and (run.cure, run.strength) in kept
+
+
+def finished(run: Run, setup: Setup, folder: Path) -> dict[str, Any] | None:
+    """The result of a run, if there is one. Raises ValueError when it is of another setup."""
+    path = folder / f"{run.name}.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if result["run"] != asdict(run) or result["setup"] != asdict(setup):
+        raise ValueError(f"{path} is of another setup: choose another folder")
+    return result
+
+
+def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Read a run's result or make it."""
+    result = finished(run, setup, folder)
+    if result is None:
+        torch.set_num_threads(1)
+        parent = multiprocessing.parent_process()
+
+        def look(_: int) -> None:
+            if parent is not None and not parent.is_alive():
+                os._exit(1)  # killed, and this process would train on unseen
+
+        _, result = train(run, setup, on_step=look)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{run.name}.partial"
+        partial.write_text(json.dumps(result) + "\n", "utf-8")
+        partial.replace(folder / f"{run.name}.json")
+    return result
+
+
+def study(
+    which: Sequence[Run], setup: Setup, folder: Path, jobs: int
+) -> list[dict[str, Any]]:
+    """All runs, `jobs` at a time, with a line of progress; the record's rows."""
+    context = multiprocessing.get_context("spawn")
+    missing = [run for run in which if finished(run, setup, folder) is None]
+    begin = time.monotonic()
+    with ProcessPoolExecutor(jobs, context) as pool:
+        waiting = [pool.submit(work, run, setup, folder) for run in missing]
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                future.result()
+                spent = time.monotonic() - begin
+                left = spent / done * (len(missing) - done) / 60
+                line = f"{done} of {len(missing)} runs, about {left:.0f} min left"
+                print(f"\r{line:<50}", end="", file=sys.stderr, flush=True)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    print(file=sys.stderr)
+    return [row(work(run, setup, folder), with_history(run)) for run in which]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_course.training.balancing")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the runs")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    try:
+        rows = study(runs(), Setup(), options.out, options.jobs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; the same command goes on from {options.out}", file=sys.stderr
+        )
+        return 130
+    command = "python -m moe_course.training.balancing"
+    records.save(records.measure("balancing", command, rows), options.record)
+    print(f"{options.record}: {len(rows)} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
