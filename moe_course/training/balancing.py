@@ -1,6 +1,6 @@
 """What keeps a router balanced, measured: every cure on the same small language model, and what its experts come to do.
 
-    python -m moe_course.training.balancing [--jobs N]       93 runs, about ten minutes on two idle cores
+    python -m moe_course.training.balancing [--jobs N]       93 runs, about twenty minutes on two idle cores
 
 A finished run is a JSON file: the same command goes on where it was stopped.
 """
@@ -71,12 +71,12 @@ class Setup:
     """What all runs share: the model but for its experts, and the text."""
 
     width: int = 64
-    layers: int = 3
+    layers: int = 2
     heads: int = 2
     hidden: int = 128  # of one expert
     context: int = 128
     batch_size: int = 8
-    steps: int = 300
+    steps: int = 800
     every: int = 20  # steps that one row of the load's history sums up
     held_out: int = 16_384  # bytes of each domain
 
