@@ -170,6 +170,8 @@ def decode(
         raise
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise WireError(f"no coded value ({type(error).__name__})") from error
+    finally:
+        del one  # it refers to itself: else the message and its tensors would wait for the garbage collector
     return value
 
 

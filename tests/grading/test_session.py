@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -165,6 +167,8 @@ def test_training_here_trains_there(remote, here):
     torch.manual_seed(1)
     there, local = pair(remote, here)
     x, want = random(16, 4), random(16, 4)
+    gc.collect()
+    gc.disable()  # nothing waits for it
     (before,) = Remote(remote, "held")()
     losses = []
     for module in (there, local):
@@ -178,7 +182,8 @@ def test_training_here_trains_there(remote, here):
     assert losses[:30] == losses[30:]
     assert losses[29] < losses[0] / 2
     (after,) = Remote(remote, "held")()
-    assert after <= before + 2  # and not one more for each step
+    gc.enable()
+    assert after <= before + 1  # and not one more for each step
 
 
 def test_parameters_set_here_are_used_there(remote, here):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -209,3 +211,18 @@ def test_deep_json_is_an_error_not_a_crash():
     coded = json.loads("[" * 900 + "]" * 900)
     with pytest.raises(WireError):
         decode(coded, memoryview(b""))
+
+
+def test_nothing_of_a_message_waits_for_the_garbage_collector():
+    blobs = []
+    coded = wire.encode([torch.ones(3, requires_grad=True)], blobs)
+    gc.collect()
+    gc.disable()
+    try:
+        needing = []
+        (tensor,) = wire.decode(coded, memoryview(b"".join(blobs)), None, needing)
+        gone = weakref.ref(tensor)
+        del tensor, needing
+        assert gone() is None
+    finally:
+        gc.enable()
