@@ -190,3 +190,83 @@ def layer_map(ax: Axes, specs: Sequence[ModelSpec]) -> None:
     ax.barh([0], [0], color=SPARSE, label="sparse (experts)")
     ax.barh([0], [0], color=DENSE, hatch="///", edgecolor="white", label="dense FFN")
     ax.legend(loc="lower right")
+
+
+def load_over_time(ax: Axes, shares: Sequence[Sequence[float]], every: int) -> Any:
+    """One row an expert, one column a while: its share of the tokens in multiples of an even one, white at 1.
+
+    shares: by while and expert, summing to 1 over the experts. every: steps in a while.
+    Returns the image, for a colour bar.
+    """
+    experts = len(shares[0])
+    image = ax.imshow(
+        [[share[e] * experts for share in shares] for e in range(experts)],
+        aspect="auto",
+        cmap="PuOr_r",
+        norm=mpl.colors.TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=experts),
+        extent=(0, every * len(shares), experts - 0.5, -0.5),
+        interpolation="nearest",
+    )
+    ax.set(xlabel="training step", ylabel="expert")
+    ax.set_yticks(range(experts))
+    ax.grid(visible=False)
+    return image
+
+
+def load_scrubber(
+    shares: Sequence[Sequence[Sequence[float]]], every: int, title: str, name: str
+) -> str:
+    """HTML: bars of the load of each layer's experts, and a slider over training. Without JavaScript, the last state.
+
+    shares: by while, layer and expert. name: an id that no other element of the page has.
+    """
+    layers, experts = len(shares[0]), len(shares[0][0])
+    wide, high, gap = 22, 120, 40  # a bar's place, the height of the tallest, in pixels
+    panel = experts * wide + gap
+    most = max(share for row in shares for layer in row for share in layer)
+    last = shares[-1]
+    parts = []
+    for layer in range(layers):
+        left = layer * panel
+        even = 18 + high * (1 - 1 / experts / most)
+        parts.append(
+            f'<text x="{left}" y="12" font-size="12">layer {layer}</text>'
+            f'<line x1="{left}" x2="{left + experts * wide}" y1="{even:.1f}" y2="{even:.1f}" '
+            f'stroke="{INK}" stroke-dasharray="3 3"/>'
+        )
+        for e in range(experts):
+            tall = high * last[layer][e] / most
+            parts.append(
+                f'<rect class="bar" x="{left + e * wide + 2}" width="{wide - 4}" '
+                f'y="{18 + high - tall:.1f}" height="{tall:.1f}" fill="{SPARSE}"/>'
+                f'<text x="{left + e * wide + wide / 2}" y="{high + 32}" font-size="10" '
+                f'text-anchor="middle">{e}</text>'
+            )
+    heights = [
+        [round(high * share / most, 1) for layer in row for share in layer]
+        for row in shares
+    ]
+    total = len(shares)
+    width = layers * panel - gap
+    return f"""<div class="load-scrubber" id="{name}"
+ style="background:#fff;color:{INK};padding:.8rem;border:1px solid #8884;border-radius:6px;overflow-x:auto">
+<p style="margin:0 0 .4rem;color:{INK}"><strong>{title}</strong></p>
+<svg width="{width}" height="{high + 40}" viewBox="0 0 {width} {high + 40}" role="img"
+ aria-label="Bars: the share of tokens of each expert in each layer; dashed: an even share." fill="{INK}">
+{"".join(parts)}</svg>
+<label style="display:block;color:{INK}">After <output>{every * total}</output> steps<br>
+<input type="range" min="1" max="{total}" value="{total}" style="width:min(100%,{width}px)" disabled></label>
+<script>(() => {{
+const box = document.getElementById("{name}"), heights = {heights};
+const bars = box.querySelectorAll(".bar"), slider = box.querySelector("input");
+const show = () => {{
+  const now = heights[slider.value - 1];
+  bars.forEach((bar, i) => {{
+    bar.setAttribute("height", now[i]);
+    bar.setAttribute("y", {18 + high} - now[i]);
+  }});
+  box.querySelector("output").textContent = slider.value * {every};
+}};
+slider.disabled = false;
+slider.addEventListener("input", show);
+}})();</script></div>"""

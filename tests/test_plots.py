@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from itertools import combinations
 
 import matplotlib as mpl
@@ -165,3 +167,26 @@ def test_names_beside_the_points_do_not_meet():
         assert frame.contains(box.x0, box.y0), name
         assert frame.contains(box.x1, box.y1), name
     plt.close(fig)
+
+
+def test_load_over_time_is_white_at_an_even_share():
+    with plots.figure() as (_, ax):
+        image = plots.load_over_time(ax, [[0.5, 0.5], [0.25, 0.75], [0.0, 1.0]], 20)
+        assert image.get_array().tolist() == [[1.0, 0.5, 0.0], [1.0, 1.5, 2.0]]
+        assert image.norm(1.0) == 0.5
+        assert ax.get_xlim() == (0, 60)
+
+
+def test_a_scrubber_shows_the_last_state_and_holds_all():
+    shares = [
+        [[0.5, 0.5], [0.9, 0.1]],
+        [[0.2, 0.8], [0.0, 1.0]],
+        [[0.25, 0.75], [1.0, 0.0]],
+    ]
+    html = plots.load_scrubber(shares, 10, "Loads", "one")
+    heights = json.loads(re.search(r"heights = (\[\[.*?\]\]);", html)[1])
+    assert heights == [[60, 60, 108, 12], [24, 96, 0, 120], [30, 90, 120, 0]]
+    bars = [float(h) for h in re.findall(r'class="bar".*? height="([\d.]+)"', html)]
+    assert bars == heights[-1]
+    assert "<output>30</output>" in html
+    assert "disabled" in html  # until the script runs

@@ -52,7 +52,7 @@ def slots_from_routing(
     capacity: the most slots of one expert. The rest is dropped: with drop="position" the last tokens (of one token
         the later choice), with "probs" those of the smallest weight, the later of equal ones; with "prioritised" later
         choices before first ones, and among equal ones tokens whose largest weight is small (batch-prioritised routing:
-        V-MoE, arXiv:2106.05974, section 4.1).
+        V-MoE, arXiv:2106.05974, section 4).
     sequence_length: counts the capacity anew in every sequence of that many tokens.
 
     An expert id equal to E is a choice of no expert and takes no slot. Raises ValueError on ids outside 0..E, on a
