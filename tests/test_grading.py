@@ -110,7 +110,9 @@ def test_solution_scores_full_and_stub_nothing(root, number):
     assert not any(o.attempted for o in outcomes)
 
 
-@pytest.mark.parametrize(("number", "points", "most"), [("01", 20, 7), ("02", 25, 8)])
+@pytest.mark.parametrize(
+    ("number", "points", "most"), [("01", 20, 7), ("02", 25, 8), ("03", 25, 8)]
+)
 def test_exercises_are_as_announced(number, points, most):
     exercise = load_exercise(number)
     assert exercise.points == points
@@ -405,3 +407,20 @@ def test_worked_answers_of_the_master_are_those_of_the_notebook(root):
         text = notebook.worked_answer(question.id, master)
         assert f"def {question.answer}(" in text
         assert text == with_solution(text)
+
+
+@pytest.mark.parametrize(
+    ("slip", "says"),
+    [
+        ("twice", "a second softmax"),
+        ("mean", "do not average"),
+        ("soft_counts", "f counts assignments"),
+        ("always_divide", "the other convention"),
+    ],
+)
+def test_a_mistake_that_others_have_shipped_is_named(root, slip, says):
+    switch = filed(root, "03").switch
+    question = load_exercise("03").question("03.1")
+    for seed in SEEDS:
+        outcome = grade(question, functools.partial(switch, **{slip: True}), seed)
+        assert says in outcome.lines[0].detail, outcome.text()

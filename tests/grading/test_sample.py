@@ -53,7 +53,7 @@ def test_skill_decides():
     assert len(handed_in) > 8
 
 
-@pytest.mark.parametrize("exercise", ["01", "02"])
+@pytest.mark.parametrize("exercise", ["01", "02", "03"])
 def test_the_same_seed_writes_the_same_class(tmp_path, root, exercise):
     first = write_class(root, tmp_path / "a", exercise, 60, 7)
     second = write_class(root, tmp_path / "b", exercise, 60, 7)
