@@ -679,7 +679,7 @@ def _diagnosis_limits(answer: Answer, rng: Random) -> None:
 
 # 03.8
 
-MOST_VIOLATION, MOST_ERROR = 0.75, 0.4
+MOST_VIOLATION, MOST_ERROR = 0.75, 0.33
 
 
 def _task(
