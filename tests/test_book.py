@@ -538,6 +538,32 @@ def test_pages_read_the_same_without_storage_and_without_javascript(
     plain.close()
 
 
+def test_the_slider_of_a_load_moves_its_bars(
+    page: Any, browser: Any, site: str
+) -> None:
+    address = f"{site}book/balancing/collapse.html"
+    heights = "bars => bars.map(bar => Number(bar.getAttribute('height')))"
+    page.goto(address)
+    bars = page.locator(".load-scrubber .bar")
+    last = bars.evaluate_all(heights)
+    slider = page.locator(".load-scrubber input")
+    slider.focus()
+    slider.press("Home")
+    first = bars.evaluate_all(heights)
+    assert first != last
+    assert sum(first) == pytest.approx(sum(last), rel=0.01)  # shares of a whole
+    assert page.locator(".load-scrubber output").inner_text() == "20"
+    slider.press("End")
+    assert bars.evaluate_all(heights) == last
+    # Without JavaScript: the last state, and a slider that does not pretend.
+    plain = browser.new_context(java_script_enabled=False)
+    page = plain.new_page()
+    page.goto(address)
+    assert page.locator(".load-scrubber .bar").evaluate_all(heights) == last
+    assert page.locator(".load-scrubber input").is_disabled()
+    plain.close()
+
+
 def test_a_glossary_word_shows_its_definition(
     page: Any, site: str, soups: dict[str, Any]
 ) -> None:

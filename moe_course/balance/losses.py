@@ -38,8 +38,8 @@ def load_balancing_loss(
 
         E · sum over e of f_e · P_e        f_e = assignments to e / (T·K)      P_e = mean over tokens of p_e
 
-    1 where f or P is uniform, E where both lie on one expert, and below 1 where they
-    disagree. Gradient flows through P alone: f counts decisions. It is a sum over the
+    1 where f or P is uniform, E/K where all is on K experts, and below 1 where f and P
+    are anti-correlated. Gradient flows through P alone: f counts decisions. It is a sum over the
     experts: their mean would be E times too small.
 
     divide_by_k: False gives f_e = assignments to e / T, as `transformers` has it: K

@@ -43,7 +43,7 @@ def load_cv(counts: Int[Tensor, " E"]) -> float:
 
 
 def dead_experts(counts: Int[Tensor, " E"], below: float = 0.01) -> int:
-    """How many experts receive less than `below` of an even share: too little to learn from.
+    """How many experts receive at most `below` of an even share: too little to learn from.
 
     Of counts over enough tokens: with few, an expert may be idle by chance. All of
     them without assignments.

@@ -1,6 +1,6 @@
 """What keeps a router balanced, measured: every cure on the same small language model, and what its experts come to do.
 
-    python -m moe_course.training.balancing [--jobs N]       93 runs, about twenty minutes on two idle cores
+    python -m moe_course.training.balancing [--jobs N]       93 runs, about half an hour on two cores
 
 A finished run is a JSON file: the same command goes on where it was stopped.
 """
