@@ -94,6 +94,14 @@ def switch_overflows(logits, expert_ids, divide_by_k):
     return switch(p.log(), expert_ids, divide_by_k)
 
 
+def switch_of_float32_shares(logits, expert_ids, divide_by_k):
+    """Torch divides integers into float32."""
+    tokens, experts = logits.shape
+    counts = expert_ids.flatten().bincount(minlength=experts)
+    f = counts / max(1, expert_ids.numel() if divide_by_k else tokens)
+    return experts * (f * logits.softmax(-1).sum(0) / max(1, tokens)).sum()
+
+
 def switch_in_float64(logits, expert_ids, divide_by_k):
     return switch(logits.double(), expert_ids, divide_by_k)
 
@@ -141,6 +149,15 @@ def importance(
 def importance_where_alone(expert_ids, weights, num_experts):
     value = importance(expert_ids, weights, num_experts, where=False)
     return torch.where(value.isnan(), torch.zeros_like(value), value)
+
+
+def importance_by_root(expert_ids, weights, num_experts):
+    sums = weights.new_zeros(num_experts)
+    sums = sums.index_add(0, expert_ids.flatten(), weights.flatten())
+    mean = sums.mean()
+    if mean == 0:
+        return 0 * mean
+    return ((sums - mean).square().mean().sqrt() / mean).square()
 
 
 def importance_by_moments(expert_ids, weights, num_experts):
@@ -271,8 +288,24 @@ def kept_at_least_one(expert_ids, num_experts, capacity, real):
     return kept_loop(expert_ids, num_experts, max(1, capacity), real)
 
 
-def kept_in_bfloat16(expert_ids, num_experts, capacity, real):
-    hot = F.one_hot(expert_ids.flatten(), num_experts).bfloat16()
+def kept_padding_takes_second(expert_ids, num_experts, capacity, real):
+    """Padding is taken out of the first choices only."""
+    taken, keep = [0] * num_experts, []
+    for row, is_real in zip(expert_ids.tolist(), real.tolist(), strict=True):
+        for j, e in enumerate(row):
+            keep.append(is_real and taken[e] < capacity)
+            taken[e] += is_real or j > 0
+    return torch.tensor(keep, dtype=torch.bool).reshape(expert_ids.shape)
+
+
+def kept_below_all(expert_ids, num_experts, capacity, real):
+    """A capacity of T, cut to an index."""
+    most = min(capacity, len(expert_ids) - 1)
+    return kept_loop(expert_ids, num_experts, most, real)
+
+
+def kept_in(dtype, expert_ids, num_experts, capacity, real):
+    hot = F.one_hot(expert_ids.flatten(), num_experts).to(dtype)
     hot = hot * real.repeat_interleave(expert_ids.shape[1])[:, None]
     before = (hot.cumsum(0) - hot).gather(1, expert_ids.flatten()[:, None])[:, 0]
     keep = (before < capacity).view_as(expert_ids)
@@ -322,7 +355,20 @@ def biased(
     if rule == "tokens":
         load = load * experts / max(1, tokens) * load.mean()
     excess = load.mean() - load
+    if rule == "weights":
+        load = torch.zeros_like(bias).index_add(
+            0, ids.flatten(), weights.detach().flatten()
+        )
+        excess = load.mean() - load
+    if rule == "unbiased":
+        load = F.one_hot(kept_ids(scores, k), experts).sum((0, 1)).to(bias.dtype)
+        excess = load.mean() - load
     change = {
+        "floor": (load.mean().floor() - load).sign(),
+        "round": (load.mean().round() - load).sign(),
+        "median": (load.median() - load).sign(),
+        "middle": ((load.max() + load.min()) / 2 - load).sign(),
+        "dead band": excess.sign() * (excess.abs() >= 0.5),
         "upside down": -excess.sign(),
         "proportional": excess / load.mean().clamp(min=1e-20),
         "never still": (excess >= 0) * 2.0 - 1,
@@ -366,6 +412,16 @@ def biased_soft_load(scores, bias, k, step):
     ids, weights, moved = biased(scores, bias, k, step)
     attached = scores.sum(0) - scores.sum(0).detach()
     return ids, weights, moved + attached
+
+
+def biased_by_rounded_shares(scores, bias, k, step):
+    ids, weights, moved = biased(scores, bias, k, step)
+    if not len(ids):
+        return ids, weights, moved
+    share = F.one_hot(ids, len(bias)).sum((0, 1)) * torch.tensor(
+        1 / ids.numel(), dtype=torch.float64
+    )
+    return ids, weights, bias + step * (1 / len(bias) - share).sign().to(bias.dtype)
 
 
 def biased_bias_moves_first(scores, bias, k, step):
@@ -458,6 +514,27 @@ def report_shares(counts):
     return (experts * share).max(1).values.sub(1), dead.long().sum(1)
 
 
+def report_of(busiest=None, reference=None):
+    """With another busiest load, or 1 % of something else than the mean."""
+
+    def answer(counts):
+        load = counts.double()
+        top = load.amax(1) if busiest is None else busiest(load)
+        of = load.mean(1) if reference is None else reference(load)
+        return top / load.mean(1) - 1, (100 * load <= of[:, None]).sum(1)
+
+    return answer
+
+
+def mean_of_serving(load):
+    return load.sum(1) / (load > 0).sum(1).clamp(min=1)
+
+
+def at_most_one(load):
+    """100 where a single assignment is below the mean: one is dead, whatever the mean."""
+    return 100.0 * (load.mean(1) > 1)
+
+
 def report_by_the_package(counts):
     violation = [balance.max_violation(row) for row in counts]
     dead = [balance.dead_experts(row) for row in counts]
@@ -487,6 +564,11 @@ def diagnosis(
     sequences_pooled=False,
     half_strict=False,
     collapse_any=False,
+    most=False,
+    uneven_of=None,
+    dead_of=None,
+    alone_of=None,
+    present_of=None,
 ):
     if pool:
         counts = counts.sum(1, keepdim=True)
@@ -498,12 +580,17 @@ def diagnosis(
         counts, batch = counts[:, used], batch[used]
     mean = batch.mean(1)
     top = batch.amax(1)
+    if uneven_of:
+        mean = uneven_of(batch)
     uneven = top > above * mean if at_least else top >= above * mean
+    mean = dead_of(batch) if dead_of else batch.mean(1)
     dead = batch < share * mean[:, None] if strict else batch <= share * mean[:, None]
     if dead_in_sequence:
         dead = dead | (counts == 0).any(0)
     if dead_first and dead.any():
         return "dead experts"
+    if most and 2 * uneven.sum() > len(uneven):
+        return "collapsed"
     if uneven.any() if collapse_any else uneven.all():
         return "collapsed"
     if uneven.any():
@@ -511,8 +598,11 @@ def diagnosis(
     if dead.any() and not dead_last:
         return "dead experts"
     load = counts.double()
-    alone = load.amax(2) > above * load.mean(2)
+    own = alone_of(load) if alone_of else load.mean(2)
+    alone = load.amax(2) > above * own
     present = load.sum(2) > 0
+    if present_of:
+        present = present_of(load)
     if empty_sequences:
         present = torch.ones_like(present)
     share_uneven = alone.sum(0) / present.sum(0)
@@ -735,6 +825,7 @@ WRONG = {
         ("NaN without tokens", switch_nan_of_nothing, LIMITS_1),
         ("exp overflows", switch_overflows, LIMITS_1),
         ("always float64", switch_in_float64, VALUES_1),
+        ("shares in float32", switch_of_float32_shares, VALUES_1),
         (PACKAGE, lambda logits, expert_ids, divide_by_k: balance.load_balancing_loss(
             routing_of(logits, expert_ids), logits.shape[1], divide_by_k=divide_by_k), VALUES_1),
     ],
@@ -744,9 +835,11 @@ WRONG = {
         ("not squared", lambda **c: importance(**c, root=True), VALUES_2),
         ("an epsilon", lambda **c: importance(**c, eps=1e-10), VALUES_2),
         ("a clamp", lambda **c: importance(**c, least=1e-12), VALUES_2),
+        ("a clamp below a billionth", lambda **c: importance(**c, least=1e-20), VALUES_2),
         ("idle experts left out", lambda **c: importance(**c, served_only=True), VALUES_2),
         ("weights normalised", lambda **c: importance(**c, each_token=True), VALUES_2),
         ("no gradient", lambda **c: importance(**c, detached=True), GRADIENT_2),
+        ("a root: NaN in the gradient where all are even", importance_by_root, GRADIENT_2),
         ("0/0", lambda **c: importance(**c, where=False), LIMITS_2),
         ("one where: NaN in the gradient", importance_where_alone, LIMITS_2),
         (PACKAGE, lambda expert_ids, weights, num_experts: balance.importance_loss(routing_of(
@@ -776,9 +869,12 @@ WRONG = {
         ("a mask of floats", lambda **c: kept_loop(**c).float(), FIRST_4),
         ("padding kept", kept_but_padding, PADDING_4),
         ("padding takes places", kept_padding_takes, PADDING_4),
+        ("padding takes places as second choice", kept_padding_takes_second, PADDING_4),
         ("a token that lost all keeps its first choice", kept_with_last_resort, ZERO_4),
         ("at least one place", kept_at_least_one, ZERO_4),
-        ("places counted in bfloat16", kept_in_bfloat16, ZERO_4),
+        ("never as many as there are tokens", kept_below_all, ZERO_4),
+        ("places counted in bfloat16", lambda **c: kept_in(torch.bfloat16, **c), ZERO_4),
+        ("places counted in float16", lambda **c: kept_in(torch.float16, **c), ZERO_4),
         (PACKAGE, kept_by_the_package, FIRST_4),
     ],
     "03.5": [
@@ -792,6 +888,14 @@ WRONG = {
         ("centred", lambda **c: biased(**c, rule="centred"), UPDATE_5),
         ("only the busiest moves", lambda **c: biased(**c, rule="busiest only"), UPDATE_5),
         ("the mean of one choice", lambda **c: biased(**c, rule="of one token"), UPDATE_5),
+        ("mean rounded down", lambda **c: biased(**c, rule="floor"), UPDATE_5),
+        ("mean rounded", lambda **c: biased(**c, rule="round"), UPDATE_5),
+        ("median for mean", lambda **c: biased(**c, rule="median"), UPDATE_5),
+        ("middle for mean", lambda **c: biased(**c, rule="middle"), UPDATE_5),
+        ("nearly the mean stays", lambda **c: biased(**c, rule="dead band"), UPDATE_5),
+        ("load of weights", lambda **c: biased(**c, rule="weights"), UPDATE_5),
+        ("load without the bias", lambda **c: biased(**c, rule="unbiased"), UPDATE_5),
+        ("shares added up with rounding", biased_by_rounded_shares, UPDATE_5),
         ("load of scores", lambda **c: biased(**c, rule="scores"), UPDATE_5),
         ("topk breaks ties its own way", lambda **c: biased(**c, topk=True), LIMITS_5),
         ("no gradient", lambda **c: biased(**c, detached=True), LIMITS_5),
@@ -805,7 +909,14 @@ WRONG = {
         ("one mean for all layers", report_common_mean, LAYERS_6),
         ("max over mean", lambda counts: report(counts, minus=0.0), LAYERS_6),
         ("only idle ones are dead", report_idle_only, LAYERS_6),
-        ("10 %", lambda counts: report(counts, share=0.1), LIMITS_6),
+        ("10 %", lambda counts: report(counts, share=0.1), LAYERS_6),
+        ("the busiest of all layers", report_of(lambda load: load.max().expand(len(load)) if load.numel() else load.sum(1)), LAYERS_6),
+        ("1 % of the busiest", report_of(reference=lambda load: load.amax(1)), LAYERS_6),
+        ("1 % of the total", report_of(reference=lambda load: load.sum(1)), LAYERS_6),
+        ("1 % of the median", report_of(reference=lambda load: load.median(1).values), LAYERS_6),
+        ("dead with one assignment", report_of(reference=at_most_one), LAYERS_6),
+        ("dead by the mean of all layers", report_of(reference=lambda load: load.mean().expand(len(load))), LAYERS_6),
+        ("1 % of the mean of those that serve", report_of(reference=mean_of_serving), LAYERS_6),
         ("below 1 %", lambda counts: report(counts, strict=True), LIMITS_6),
         ("NaN hidden", report_hides_nan, LIMITS_6),
         ("an empty layer is even", report_clamped, LIMITS_6),
@@ -827,6 +938,20 @@ WRONG = {
         ("more than half", lambda counts: diagnosis(counts, half_strict=True), LINES_7),
         ("idle in one sequence", lambda counts: diagnosis(counts, dead_in_sequence=True), LINES_7),
         ("sequences before dead experts", lambda counts: diagnosis(counts, dead_last=True), LINES_7),
+        ("most layers are all layers", lambda counts: diagnosis(counts, most=True), WORDS_7),
+        ("uneven by the mean of all layers", lambda counts: diagnosis(
+            counts, uneven_of=lambda batch: batch.mean().expand(len(batch))), LINES_7),
+        ("dead by the mean of all layers", lambda counts: diagnosis(
+            counts, dead_of=lambda batch: batch.mean().expand(len(batch))), LINES_7),
+        ("1 % of the busiest", lambda counts: diagnosis(counts, dead_of=lambda batch: batch.amax(1)), LINES_7),
+        ("1 % of the median", lambda counts: diagnosis(counts, dead_of=lambda batch: batch.median(1).values), LINES_7),
+        ("dead with one assignment", lambda counts: diagnosis(counts, dead_of=at_most_one), LINES_7),
+        ("sequences by the mean of the batch", lambda counts: diagnosis(
+            counts, alone_of=lambda load: load.mean((0, 2)).expand(len(load), -1)), LINES_7),
+        ("sequences by the mean of their layers", lambda counts: diagnosis(
+            counts, alone_of=lambda load: load.mean((1, 2))[:, None].expand(-1, load.shape[1])), LINES_7),
+        ("sequences with assignments in another layer", lambda counts: diagnosis(
+            counts, present_of=lambda load: (load.sum((1, 2)) > 0)[:, None].expand(-1, load.shape[1])), LINES_7),
         ("half of all layers' sequences", lambda counts: diagnosis(counts, sequences_pooled=True), LINES_7),
         (PACKAGE, diagnosis_by_the_package, WORDS_7),
     ],

@@ -88,7 +88,12 @@ def _switch_mistake(got: Any, case: dict[str, Any]) -> str:
     right, probs = _switch(**case), logits.softmax(dim=-1)
     other = _switch(**case | {"divide_by_k": not case["divide_by_k"]})
     k = 1 if case["divide_by_k"] else case["expert_ids"].shape[1]
+    flat = case["expert_ids"].flatten()
+    served = len(flat) if case["divide_by_k"] else len(logits)
+    in_float32 = flat.bincount(minlength=experts) / max(1, served)
     mistakes = {
+        "with f in float32, where torch puts a quotient of integers: convert the counts first": experts
+        * (in_float32 * probs.mean(dim=0)).sum(),
         "the mean over the experts; the loss is E times their sum": right / experts**2,
         "E times too small: sum over the experts, do not average": right / experts,
         "the loss with a second softmax, of probabilities": _switch(
@@ -189,17 +194,24 @@ def _importance_case(
 def _importance_values(answer: Answer, rng: Random) -> None:
     sizes = ((2, 1, 2), (3, 2, 4), (7, 1, 5), (12, 3, 8))
     cases = [_importance_case(rng, *size) for size in sizes]
-    small = _importance_case(rng, 5, 2, 4)
+    small, tiny = _importance_case(rng, 5, 2, 4), _importance_case(rng, 5, 2, 4)
     small["weights"] = 1e-9 * small["weights"]
+    tiny["weights"] = 1e-30 * tiny["weights"]
     single = _importance_case(rng, 6, 2, 5)
     single["weights"] = single["weights"].float()
-    cases += [_importance_case(rng, 9, 2, 6, served=4), small, single]
+    cases += [_importance_case(rng, 9, 2, 6, served=4), small, tiny, single]
     expect_tensor(answer, cases, _importance)
 
 
 def _importance_gradient(answer: Answer, rng: Random) -> None:
-    for size in ((3, 1, 3), (8, 2, 5)):
-        case = _importance_case(rng, *size)
+    # Perfectly even: the gradient is 0, that of a square root would be infinite.
+    even = {
+        "expert_ids": torch.tensor([[0, 1], [2, 0], [1, 2]]),
+        "weights": torch.full((3, 2), 0.5, dtype=torch.float64),
+        "num_experts": 3,
+    }
+    random = [_importance_case(rng, *size) for size in ((3, 1, 3), (8, 2, 5))]
+    for case in (*random, even):
         _expect_gradient(answer, case, "weights", _importance)
 
 
@@ -330,7 +342,14 @@ def _kept_padding(answer: Answer, rng: Random) -> None:
         "real": torch.tensor([False, False, True, True]),
     }
     tight = [_kept_case(rng, *size, padding=0.4) for size in ((11, 1, 3, 2), (16, 1, 4, 3))]  # fmt: skip
-    expect_tensor(answer, [in_front, *roomy, *tight], _kept)
+    # Two choices, and each expert has a place for just those that are real.
+    both = {
+        "expert_ids": torch.tensor([[0, 1], [1, 0], [1, 0], [0, 1]]),
+        "num_experts": 2,
+        "capacity": 2,
+        "real": torch.tensor([False, True, False, True]),
+    }
+    expect_tensor(answer, [in_front, both, *roomy, *tight], _kept)
 
 
 def _kept_combined(answer: Answer, rng: Random) -> None:
@@ -342,8 +361,10 @@ def _kept_combined(answer: Answer, rng: Random) -> None:
         _kept_case(rng, 12, 2, 3, 2, padding=0.3),
         _kept_case(rng, 4, 2, 5, 100),
         _kept_case(rng, 5, 2, 4, 2) | {"real": torch.zeros(5, dtype=torch.bool)},
-        # bfloat16 counts to 256 only
+        _kept_case(rng, 5, 1, 1, 5),  # room for just all
+        # bfloat16 counts to 256 only, float16 to 2048
         _kept_case(rng, 300, 1, 1, 299),
+        _kept_case(rng, 2100, 1, 1, 2099),
     ]
     for case in cases:
         keep, want = answer(**case), _kept(**case)
@@ -402,10 +423,15 @@ def _biased_case(
     }
 
 
+def _returned(got: object) -> str:
+    """How many came, where it is their number that is amiss."""
+    return f"{len(got)} results" if isinstance(got, tuple | list) else shown(got)
+
+
 def _three(got: Any, case: dict[str, Any]) -> tuple[Any, ...]:
     if not isinstance(got, tuple | list) or len(got) != 3:
         raise Failure(
-            f"{describe(**case)}:\n    expected expert_ids, weights and the next bias, got {shown(got)}",
+            f"{describe(**case)}:\n    expected expert_ids, weights and the next bias, got {_returned(got)}",
             hint=False,
         )
     return tuple(got)
@@ -437,7 +463,22 @@ def _biased_update(answer: Answer, rng: Random) -> None:
     mixed = even | {"scores": even["scores"][[0, 0, 1]]}
     # Two choices of each token, and all loads even: 2 of 6.
     pairs = even | {"scores": 0.9 - even["scores"][:3], "k": 2}
-    cases = [even, mixed, pairs]
+    # Loads even by count, though not by weight; and loads that only the bias makes uneven.
+    weighed = pairs | {"scores": torch.tensor([[9, 5, 1], [1, 9, 8], [9, 1, 8]]).double()}  # fmt: skip
+    pushed = even | {"bias": torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64)}
+    # Even, and in floating point 5 times 1/45 is not 1/9.
+    rounded = {
+        "scores": 0.5 + 0.4 * torch.eye(9, dtype=torch.float64).repeat(5, 1),
+        "bias": torch.zeros(9, dtype=torch.float64),
+        "k": 1,
+        "step": 0.015625,
+    }
+    cases = [even, mixed, pairs, weighed, pushed, rounded]
+    # Loads just beside a mean of 1.25 and of 1.75, on the side where its rounding or the middle is not.
+    for loads in ((3, 1, 1, 0), (5, 2, 0, 0)):
+        served = torch.arange(4).repeat_interleave(torch.tensor(loads))
+        scores = 0.5 + 0.4 * torch.eye(4, dtype=torch.float64)[served]
+        cases.append(even | {"scores": scores, "bias": 0 * scores[0]})
     for tokens, experts, k in ((5, 4, 1), (7, 5, 2), (64, 6, 2), (21, 9, 3)):
         cases.append(_biased_case(rng, tokens, experts, k))
     cases.append(_biased_case(rng, 8, 4, 2, torch.float32))
@@ -525,15 +566,21 @@ def _expect_report(answer: Answer, counts: Tensor) -> None:
     compare((violation, got[1]), (want[0].masked_fill(empty, 0.0), want[1]), what)
 
 
-def _loads(rng: Random, layers: int, experts: int, most: int = 400) -> Tensor:
-    rows = [
-        [rng.randint(most // 8, most) for _ in range(experts)] for _ in range(layers)
-    ]
-    for row in rows:
-        # One idle, one all but idle, one with twice as many as any of the others.
-        places = rng.sample(range(experts), min(3, experts))
-        for place, count in zip(places, (2 * most, 0, 1), strict=False):
+def _loads(rng: Random, layers: int, experts: int) -> Tensor:
+    """Layers of unlike size, each with one expert far above the others, one idle, and one on each side of 1 %."""
+    rows = []
+    for _ in range(layers):
+        most = rng.randint(400, 4000)
+        row = [rng.randint(most // 8, most) for _ in range(experts)]
+        top, idle, *near = rng.sample(range(experts), min(4, experts))
+        row[top] = 2 * most
+        for place in (idle, *near):
+            row[place] = 0
+        # At most 1 % of the mean, and 2 more is above.
+        dead = sum(row) // (100 * experts)
+        for place, count in zip(near, (dead, dead + 2), strict=False):
             row[place] = count
+        rows.append(row)
     return torch.tensor(rows)
 
 
@@ -553,11 +600,16 @@ def _report_limits(answer: Answer, rng: Random) -> None:
     empty = torch.tensor([[0, 0, 0], [5, 5, 5]])
     alone = torch.tensor([[7], [0], [1]])
     below = torch.tensor([[0, 10, 10, 10]])  # far below the mean, a little above it
+    few = torch.tensor([[1, 13, 13, 13]])  # a single one may be above 1 %
+    # Between 1 % of the mean and 1 % of: the busiest load, the middle load, the mean of those that serve.
+    others = torch.tensor([[3, 397, 200, 200], [2, 151, 300, 347], [0, 3, 497, 500]])
     one = torch.zeros(2, 6, dtype=torch.int64)
     one[0, 5], one[1, 0] = 1, 10**15 + 1
     for counts in (
         edge,
         below,
+        few,
+        others,
         empty,
         alone,
         one,
@@ -633,6 +685,7 @@ def _diagnosis_words(answer: Answer, rng: Random) -> None:
         # Two layers, collapsed onto experts of their own: pooled, nothing is uneven.
         [[[20, 0, 1, 0], [0, 0, 1, 20]]],
         [[[8, 8, 8, 8], [1, 30, 1, 1]]],
+        [[[1, 30, 1, 1], [8, 8, 8, 8], [30, 1, 1, 1]]],
         # Even together, uneven each.
         [[[30, 1, 1, 1]], [[1, 30, 1, 1]], [[1, 1, 30, 1]], [[1, 1, 1, 30]]],
     )
@@ -656,6 +709,14 @@ def _diagnosis_limits(answer: Answer, rng: Random) -> None:
         # Just 1 % of the mean, and just above it.
         torch.tensor([[[1, 199, 100]]]),
         torch.tensor([[[2, 198, 100]]]),
+        torch.tensor([[[1, 13, 13, 13]]]),
+        # Between 1 % of the mean and 1 % of the busiest load, or of the middle one.
+        torch.tensor([[[3, 397, 200, 200]]]),
+        torch.tensor([[[2, 151, 300, 347]]]),
+        # Layers of unlike size: each is measured by its own mean.
+        torch.tensor([[[9, 2, 2, 3], [40, 40, 40, 40]]]),
+        torch.tensor([[[3, 3, 3, 3], [900, 900, 900, 900]]]),
+        torch.tensor([[[7, 900, 900, 900], [5, 5, 5, 5]]]),
         # An empty layer is left out: what remains has collapsed, or is healthy.
         torch.tensor([[[40, 1, 1, 1], [0, 0, 0, 0]]]),
         torch.tensor([[[9, 9, 8, 9], [0, 0, 0, 0]]]),
@@ -663,6 +724,11 @@ def _diagnosis_limits(answer: Answer, rng: Random) -> None:
         torch.tensor([[[20, 3, 3, 3]], [[6, 9, 9, 9]]]),
         torch.tensor([[[20, 3, 3, 3]], [[7, 9, 9, 9]], [[7, 9, 9, 9]]]),
         torch.tensor([[[20, 3, 3, 3]], [[6, 9, 9, 9]], [[0, 0, 0, 0]]]),
+        # Empty in that layer alone.
+        torch.tensor([[[20, 3, 3, 3], [9, 9, 9, 9]], [[6, 9, 9, 9], [9, 9, 9, 9]], [[0, 0, 0, 0], [9, 9, 9, 9]]]),
+        # A short sequence is measured by its own mean: not that of the batch, nor of its other layers.
+        torch.tensor([[[4, 0, 0, 0]], [[20, 22, 21, 21]]]),
+        torch.tensor([[[4, 0, 0, 0], [20, 20, 20, 20]], [[2, 3, 3, 3], [20, 20, 20, 20]]]),
         # Half of the sequences in one layer, none in the other.
         torch.tensor([[[20, 3, 3, 3], [9, 9, 9, 9]], [[6, 9, 9, 9], [9, 9, 9, 9]]]),
         # Dead, and uneven in each sequence: the first line that fits.
@@ -734,7 +800,7 @@ def _cured(answer: Answer, rng: Random, kinds: int) -> None:
     what = describe(**given)
     if not isinstance(got, tuple | list) or len(got) != 3:
         raise Failure(
-            f"{what}:\n    expected router, bias and experts, got {shown(got)}",
+            f"{what}:\n    expected router, bias and experts, got {_returned(got)}",
             hint=False,
         )
     wanted = {
@@ -845,7 +911,8 @@ EXERCISE = Exercise(
                     "passes a gradient to the weights",
                     1,
                     _importance_gradient,
-                    "Stay with differentiable operations: index_add or scatter_add, not float(...).",
+                    "Stay with differentiable operations: index_add or scatter_add, not float(...). No root: its "
+                    "gradient is infinite where all are even.",
                 ),
                 Invariant(
                     "is 0 where all importances are 0, without NaN in value or gradient",
