@@ -319,7 +319,7 @@ for name, counts in runs.items():
 # The check computes the layer itself, on new tokens of the same kinds, and asks for both
 #
 # - a **max violation of at most 0.75**, and
-# - a **mean squared error of at most 0.33** times the variance of `y`.
+# - a **mean squared error of at most 0.36** times the variance of `y`.
 #
 # An even load alone is easy and worth nothing: experts that are all alike do not reach the second bar. You have 10
 # seconds on one processor; 1 is plenty. `Adam`, the learning rate and the number of steps below are no part of the
