@@ -1,7 +1,7 @@
 """Grading a class: submissions a minute and peak memory, against `otter run` on the same notebooks and checks.
 
-    python -m venv /tmp/otter && /tmp/otter/bin/pip install otter-grader==7.0.0 -c constraints.txt ".[exercises]"
-    python benchmarks/grading.py --otter /tmp/otter/bin/otter [--students 200] [--jobs 2] [--record]
+    python -m venv otter-env && otter-env/bin/pip install otter-grader==7.0.0 -c constraints.txt ".[exercises]"
+    python benchmarks/grading.py --otter otter-env/bin/otter [--students 200] [--jobs 2] [--record]
 
 The class is `moe_course.grading.sample`'s without its trouble-makers, whom otter has no answer to (an endless loop
 stops it for ever): half hand in exercise 01, which needs no torch, half 02, which does. Otter's tests are doctests that
