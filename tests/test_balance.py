@@ -518,6 +518,13 @@ def test_who_is_dropped(tokens, experts, capacity, drop, draw):
     )
 
 
+def test_who_wanted_no_expert_is_not_dropped():
+    ids = torch.tensor([[0, 2], [0, 2], [1, 2]])  # two experts; id 2: none
+    routing = as_if(drawn(3, 2, 2), expert_ids=ids)
+    slots = slots_from_routing(routing, 2, capacity=1)
+    assert balance.drop_rate(routing, slots) == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("drop", ["position", "probs", "prioritised"])
 def test_a_layer_drops_as_it_is_told_and_dropped_tokens_get_exactly_0(drop):
     torch.manual_seed(1)
