@@ -31,10 +31,10 @@ serve: book ## show the built pages at http://localhost:8000 (PORT=...)
 	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
 test: book ## pass all tests: package, notebooks, exercises, built pages
-	$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-cell-timeout=120 tests book exercises solutions
-
 test-all: book ## the same, with the tests that take minutes (weekly in CI)
-	$(PY) -m pytest -n 2 --dist loadscope -m "" --nbval-lax --nbval-cell-timeout=120 tests book exercises solutions
+test-all: SELECTION := -m ""
+test test-all:
+	$(PY) -m pytest -n 2 --dist loadscope $(SELECTION) --nbval-lax --nbval-cell-timeout=120 tests book exercises solutions
 
 learn: .venv/.installed ## copy exercise 01 to my_work/ and open it (EXERCISE=NN for another)
 	@$(BIN)/moe-course start $(or $(EXERCISE),01)

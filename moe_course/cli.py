@@ -278,10 +278,10 @@ def _executor(args: argparse.Namespace) -> tuple[Executor, int, Callable[[], Any
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
+        from moe_course.processes import end_with_parent
+
         # Spawned: a fork of a process that uses torch may hang.
-        pool = ProcessPoolExecutor(
-            args.jobs, get_context("spawn"), batch.end_with_parent
-        )
+        pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), end_with_parent)
         return pool, args.jobs, lambda: pool.shutdown(wait=True, cancel_futures=True)
     try:
         from distributed import Client

@@ -100,12 +100,15 @@ def measure(
 
 def save(record: Record, path: Path) -> None:
     """Write a record as JSON, whole or not at all."""
+    write_json(asdict(record), path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON to a file, whole or not at all; its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(
-        json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -157,7 +157,7 @@ def output_similarity(
     """
     outputs = []
     for e in range(experts.num_experts):
-        token = torch.arange(len(x))
+        token = torch.arange(len(x), device=x.device)
         slots = Slots(token, torch.full_like(token, e), x.new_ones(len(x)))
         outputs.append(loop(x, slots, experts))
     y = torch.nn.functional.normalize(torch.stack(outputs), dim=2)  # [E, T, D]

@@ -18,7 +18,6 @@ from concurrent.futures import (
 )
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +133,6 @@ def _start(settings: Settings) -> Sandbox:
     _users += 1
     user = FIRST_USER + (os.getpid() * 61 + _users) % USERS
     return Sandbox(settings.limits, user, unsafe=not settings.sandboxed)
-
-
-def end_with_parent() -> None:
-    """For the processes of a pool: one whose parent was killed would wait for work for ever."""
-    parent = parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
 
 
 def close_spare() -> None:

@@ -3,7 +3,7 @@
 python -m moe_course.grading.sample FOLDER --exercise 01 [--students 30] [--seed 0] [--no-trouble]
 
 Wrong answers are the worked ones with one operator or number changed, which is what most wrong answers look like; some
-of them may be right all the same. The last few students make trouble: an endless loop, an exit, a file cut off.
+of them may be right all the same. The last ones make trouble: a file cut off, much memory, an exit, an endless loop.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def write_class(
     rng = random.Random(seed)
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    first = load_exercise(exercise).questions[-1]
+    last = load_exercise(exercise).questions[-1]
     for number in range(students):
         name = NAMES[number % len(NAMES)] + (
             str(number // len(NAMES) + 1) if number >= len(NAMES) else ""
@@ -136,9 +136,9 @@ def write_class(
         if trouble and left <= len(TROUBLE):
             body = list(TROUBLE.values())[left - 1]
             for cell in made["cells"]:
-                if _question(cell, exercise) == first.id:
+                if _question(cell, exercise) == last.id:
                     cell["source"] = (
-                        f"def {first.answer}(*args, **kwargs):\n    {body}\n"
+                        f"def {last.answer}(*args, **kwargs):\n    {body}\n"
                     )
         text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
         if trouble and left == len(TROUBLE) + 1:

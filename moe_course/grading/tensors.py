@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import torch
@@ -12,6 +14,29 @@ from moe_course.grading import calls
 from moe_course.grading.core import Answer, Failure, describe, shown
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}  # relative to the largest entry
+
+
+def generator(rng: Random) -> torch.Generator:
+    """Torch's random numbers, drawn from those of a check."""
+    return torch.Generator().manual_seed(rng.getrandbits(62))
+
+
+def normal(rng: Random, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=generator(rng), dtype=torch.float64).to(dtype)
+
+
+@contextmanager
+def taking_gradients(what: str) -> Iterator[None]:
+    """Around a call of an answer and its backward: a Failure that says what went wrong.
+
+    Such a call goes to `answer.function`: Answer hands over copies, and the gradients would be theirs.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise Failure(
+            f"{what}: no gradient flows back ({type(error).__name__}: {error})"
+        ) from error
 
 
 def expect_tensor(

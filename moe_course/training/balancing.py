@@ -33,6 +33,7 @@ from moe_course.layers.routing import (
     sinkhorn_top_k,
     softmax_top_k,
 )
+from moe_course.processes import end_with_parent
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
 
@@ -109,9 +110,7 @@ class Setup:
         return Transformer(spec, gate, **options)
 
 
-def train(
-    run: Run, setup: Setup, on_step: Callable[[int], None] | None = None
-) -> tuple[Transformer, dict[str, Any]]:
+def train(run: Run, setup: Setup) -> tuple[Transformer, dict[str, Any]]:
     """Train one model; returns it, and what became of its load and its loss.
 
     `history`: assignments by row of `every` steps, layer and expert. `held_out`: by
@@ -153,7 +152,6 @@ def train(
         flops_per_token=0,
         held_out={},
         auxiliary=auxiliary if run.cure in LOSSES else lambda _: torch.zeros(()),
-        on_step=on_step,
         after_step=after_step,
     )
     seconds = time.perf_counter() - begin
@@ -211,6 +209,14 @@ def row(result: dict[str, Any], history: bool = False) -> dict[str, Any]:
     return flat
 
 
+def select(
+    rows: Sequence[dict[str, Any]], cure: str, strength: float = 0.0, **wanted: int
+) -> list[dict[str, Any]]:
+    """The record's rows of one setting, by seed; eight experts and one chosen where nothing else is wanted."""
+    setting = {"cure": cure, "strength": strength, "experts": 8, "k": 1} | wanted
+    return [row for row in rows if setting.items() <= row.items()]
+
+
 # --- The study -----------------------------------------------------------------------
 
 SEEDS = (0, 1, 2)
@@ -255,17 +261,8 @@ def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
     result = finished(run, setup, folder)
     if result is None:
         torch.set_num_threads(1)
-        parent = multiprocessing.parent_process()
-
-        def look(_: int) -> None:
-            if parent is not None and not parent.is_alive():
-                os._exit(1)  # killed, and this process would train on unseen
-
-        _, result = train(run, setup, on_step=look)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{run.name}.partial"
-        partial.write_text(json.dumps(result) + "\n", "utf-8")
-        partial.replace(folder / f"{run.name}.json")
+        _, result = train(run, setup)
+        records.write_json(result, folder / f"{run.name}.json")
     return result
 
 
@@ -276,7 +273,7 @@ def study(
     context = multiprocessing.get_context("spawn")
     missing = [run for run in which if finished(run, setup, folder) is None]
     begin = time.monotonic()
-    with ProcessPoolExecutor(jobs, context) as pool:
+    with ProcessPoolExecutor(jobs, context, end_with_parent) as pool:
         waiting = [pool.submit(work, run, setup, folder) for run in missing]
         try:
             for done, future in enumerate(as_completed(waiting), 1):

@@ -29,6 +29,7 @@ import torch
 from moe_course import records
 from moe_course.layers.routing import renormalised, softmax_top_k
 from moe_course.layers.transformer import Transformer
+from moe_course.processes import end_with_parent
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
 
@@ -230,10 +231,7 @@ def run_arm(
         "device": records.device_name(),
         "rows": rows,
     }
-    partial = path.with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    records.write_json(result, path)
     checkpoint.unlink(missing_ok=True)
     return result
 
@@ -300,18 +298,15 @@ _progress: Any = None  # in a worker: the queue to its parent
 def _start_worker(queue: Any) -> None:
     global _progress
     _progress = queue
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     # These models are too small to share among cores, and the seconds of an arm must not depend on their number.
     torch.set_num_threads(1)
 
 
 def _work(arm: Arm, setup: Setup, folder: Path) -> dict[str, Any]:
-    parent = multiprocessing.parent_process()
-
     def tell(done: int) -> None:
         if done % 10 == 0 or done == setup.recipe.steps:
-            if parent is not None and not parent.is_alive():
-                os._exit(1)  # killed, and this process would train on unseen
             _progress.put((arm.name, done))
 
     return run_arm(arm, setup, folder, on_step=tell, fresh_process=True)

@@ -25,15 +25,14 @@ from moe_course.grading.core import (
     same,
     shown,
 )
-from moe_course.grading.tensors import compare, differing, expect_tensor
-
-
-def _generator(rng: Random) -> torch.Generator:
-    return torch.Generator().manual_seed(rng.getrandbits(62))
-
-
-def _normal(rng: Random, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=_generator(rng), dtype=torch.float64).to(dtype)
+from moe_course.grading.tensors import (
+    compare,
+    differing,
+    expect_tensor,
+    generator,
+    normal,
+    taking_gradients,
+)
 
 
 def _ids(rng: Random, tokens: int, k: int, experts: int) -> Tensor:
@@ -52,13 +51,8 @@ def _expect_gradient(
         value = function(**case | {name: leaf})
         return value, torch.autograd.grad(value, leaf, allow_unused=True)[0]
 
-    # Called directly: Answer hands over copies, and the gradients would be theirs.
-    try:
+    with taking_gradients(describe(**case)):
         value, got = gradient(answer.function)
-    except Exception as error:
-        raise Failure(
-            f"{describe(**case)}: no gradient flows back ({type(error).__name__}: {error})"
-        ) from error
     if got is None:
         raise Failure(f"{describe(**case)}:\n    no gradient reaches {name}")
     right, want = gradient(oracle)
@@ -116,7 +110,7 @@ def _switch_case(
 ) -> dict[str, Any]:
     # Ids of their own: whoever chooses again, or counts probabilities, counts others.
     return {
-        "logits": 2 * _normal(rng, tokens, experts),
+        "logits": 2 * normal(rng, tokens, experts),
         "expert_ids": _ids(rng, tokens, k, experts),
         "divide_by_k": divide_by_k,
     }
@@ -186,7 +180,7 @@ def _importance_case(
 ) -> dict[str, Any]:
     return {
         "expert_ids": _ids(rng, tokens, k, served or experts),
-        "weights": _normal(rng, tokens, k).sigmoid(),  # their sum is not 1
+        "weights": normal(rng, tokens, k).sigmoid(),  # their sum is not 1
         "num_experts": experts,
     }
 
@@ -254,7 +248,7 @@ def _z_loss(logits: Tensor) -> Tensor:
 def _z_values(answer: Answer, rng: Random) -> None:
     cases = [{"logits": torch.tensor([[0.0, 0.0], [2.0, 2.0]])}]
     for tokens, experts in ((2, 3), (1, 4), (6, 5), (11, 1), (17, 9)):
-        cases.append({"logits": 3 * _normal(rng, tokens, experts)})
+        cases.append({"logits": 3 * normal(rng, tokens, experts)})
     expect_tensor(answer, cases, _z_loss)
     _expect_gradient(answer, cases[3], "logits", _z_loss)
 
@@ -264,12 +258,12 @@ def _z_large(answer: Answer, rng: Random) -> None:
     cases = [{"logits": large}, {"logits": large.double()}]
     for dtype in (torch.float16, torch.bfloat16):
         cases.append({"logits": torch.tensor([[300.0, 300.0]], dtype=dtype)})
-        cases.append({"logits": 4 * _normal(rng, 7, 5, dtype=dtype)})
+        cases.append({"logits": 4 * normal(rng, 7, 5, dtype=dtype)})
     expect_tensor(answer, cases, _z_loss)
 
 
 def _z_limits(answer: Answer, rng: Random) -> None:
-    forbidden = 2 * _normal(rng, 5, 4)
+    forbidden = 2 * normal(rng, 5, 4)
     forbidden[0, 1], forbidden[1:3, 2:] = -torch.inf, -torch.inf
     cases = [{"logits": forbidden}]
     cases += [{"logits": torch.zeros(0, 3, dtype=d)} for d in (torch.float32, torch.float16)]  # fmt: skip
@@ -374,7 +368,7 @@ def _kept_combined(answer: Answer, rng: Random) -> None:
         if keep.shape != want.shape:
             compare(keep, want, what)
         tokens, k = case["expert_ids"].shape
-        outputs, weights = _normal(rng, tokens, k, 2), _normal(rng, tokens, k).sigmoid()
+        outputs, weights = normal(rng, tokens, k, 2), normal(rng, tokens, k).sigmoid()
         got, right = (
             torch.where(mask[:, :, None], weights[:, :, None] * outputs, 0.0).sum(dim=1)
             for mask in (keep, want)
@@ -416,8 +410,8 @@ def _biased_case(
     rng: Random, tokens: int, experts: int, k: int, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     return {
-        "scores": _normal(rng, tokens, experts, dtype=dtype).sigmoid(),
-        "bias": 0.5 * _normal(rng, experts, dtype=dtype),
+        "scores": normal(rng, tokens, experts, dtype=dtype).sigmoid(),
+        "bias": 0.5 * normal(rng, experts, dtype=dtype),
         "k": k,
         "step": 2.0 ** -rng.randint(4, 10),
     }
@@ -503,7 +497,7 @@ def _biased_limits(answer: Answer, rng: Random) -> None:
     ]
     for case in cases:
         compare(_three(answer(**case), case), _biased(**case), describe(**case))
-    case, direction = _biased_case(rng, 5, 4, 2), _normal(rng, 5, 2)
+    case, direction = _biased_case(rng, 5, 4, 2), normal(rng, 5, 2)
 
     def gradient(function: Callable[..., Any]) -> tuple[Tensor, bool]:
         leaf = case["scores"].clone().requires_grad_()
@@ -511,12 +505,8 @@ def _biased_limits(answer: Answer, rng: Random) -> None:
         (found,) = torch.autograd.grad((weights * direction).sum(), leaf)
         return found, moved.requires_grad
 
-    try:
+    with taking_gradients(describe(**case)):
         got, attached = gradient(answer.function)
-    except Exception as error:
-        raise Failure(
-            f"{describe(**case)}: no gradient flows back ({type(error).__name__}: {error})"
-        ) from error
     compare(got, gradient(_biased)[0], f"{describe(**case)}, gradient of the scores")
     if attached:
         raise Failure(
@@ -756,7 +746,7 @@ def _task(
     Tokens of a kind lie around a centre; those of opposite centres ask for different matrices, so that no one matrix
     does. All share a direction, and the router leans along it: every token goes to one expert.
     """
-    draw = _generator(rng)
+    draw = generator(rng)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
