@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,11 @@ def test_a_class_from_the_command_line(klass, tmp_path, capsys, monkeypatch):
         "Failed most often",
     ):
         assert words_shown in summary
+    # The unreadable one is in no mean; what a person has to look at names its question.
+    means = re.findall(r"(01\.\d) \w+(\d\.\d\d)", summary)
+    assert [mean for question, mean in means if question == "01.1"] == ["2.00"]
+    assert [mean for question, mean in means if question == "01.6"] == ["0.75"]
+    assert "01.6: ended the process" in summary
     for page in [*pages.values(), (out / "summary.html").read_text()]:
         assert "http" not in page.replace("http-equiv", "")
         text_of(page)
