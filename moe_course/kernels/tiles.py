@@ -143,10 +143,6 @@ def choose(
         up = Tile(16, 64 // halves, 64, group_m=1, num_warps=4, num_stages=6)
         down = dact = dx = Tile(16, 64, 64, group_m=1, num_warps=4, num_stages=6)
         dw = Tile(128, 128, 32, num_warps=8, num_stages=3)
-    elif rows <= 32:
-        up = Tile(32, 128 // halves, 64, group_m=1, num_warps=4, num_stages=4)
-        down = dact = dx = Tile(32, 128, 64, group_m=1, num_warps=4, num_stages=4)
-        dw = Tile(128, 128, 32, num_warps=8, num_stages=3)
     elif capability(device) < (9, 0):  # a warp holds what a warpgroup shares on sm_90
         m, warps = (64, 4) if rows < 256 else (128, 8)
         up = Tile(m, 128 // halves, 32, num_warps=warps, num_stages=4)
