@@ -1,8 +1,8 @@
 """A fused Mixture-of-Experts layer in Triton, forward and backward.
 
-Needs triton, which exists for Linux alone. On an NVIDIA GPU of compute capability 8.0 or newer the kernels are compiled.
-Anywhere else they run in Triton's interpreter, a program at a time on the CPU: right, and slow (`INTERPRETED` says
-which). TRITON_INTERPRET=1 or =0, set before the first import, overrules the choice.
+Needs triton, which exists for Linux alone. On an NVIDIA GPU of compute capability 8.0 or newer the kernels are
+compiled. Anywhere else they run in Triton's interpreter, a program at a time on the CPU: right, and slow (`INTERPRETED`
+says which). TRITON_INTERPRET=1 or =0, set before the first import, overrules the choice.
 """
 
 from __future__ import annotations

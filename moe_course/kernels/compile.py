@@ -207,9 +207,14 @@ def shipped(thorough: bool) -> Iterator[tuple[str, dict[str, Any]]]:
                         )
 
 
+def _capability(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
 def faults(row: Compiled) -> list[str]:
     """What must not be: spills, shared memory beyond the chip's, matrix products that bypass the tensor cores."""
-    capability = tuple(map(int, row.capability.split(".")))
+    capability = _capability(row.capability)
     found = []
     if row.stack_bytes or row.spills:
         found.append(f"{row.stack_bytes} bytes of stack, {row.spills} spills")
@@ -242,7 +247,7 @@ def main() -> None:
         parser.error("the kernels are interpreted here: set TRITON_INTERPRET=0 first")
     chosen = options.capability or ["9.0", "8.0"]
     rows: list[Compiled] = []
-    for capability in (tuple(map(int, c.split("."))) for c in chosen):
+    for capability in map(_capability, chosen):
         for case, layer in shipped(options.all):
             rows += inspect(capability, case, **layer)
     failed = False

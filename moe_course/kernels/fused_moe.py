@@ -117,7 +117,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(x, w_up, w_down, expert_ids, weights, b_up, b_down, activation, save):  # type: ignore[no-untyped-def]
+def _(x, w_up, w_down, expert_ids, weights, b_up, b_down, activation, save):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
         return y, *_nothing_saved(x)
@@ -156,7 +156,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dy, x, w_up, w_down, weights, b_down, saved, activation, bias_up):  # type: ignore[no-untyped-def]
+def _(dy, x, w_up, w_down, weights, b_down, saved, activation, bias_up):
     def empty(given: Tensor) -> Tensor:
         return torch.empty_like(given, memory_format=torch.contiguous_format)
 
@@ -165,7 +165,7 @@ def _(dy, x, w_up, w_down, weights, b_down, saved, activation, bias_up):  # type
     return empty(x), empty(w_up), empty(w_down), empty(weights), db_up, db_down
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     x, w_up, w_down, _, weights, b_up, b_down, ctx.activation, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
@@ -173,7 +173,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, w_up, w_down, weights, b_down, *saved)
 
 
-def _autograd(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _autograd(ctx, dy, *_):
     x, w_up, w_down, weights, b_down, *saved = ctx.saved_tensors
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dx, dw_up, dw_down, dweights, db_up, db_down = _backward_op(
@@ -286,20 +286,18 @@ def fused_moe(
     captured in a CUDA graph.
 
     For the backward pass it keeps x (2·T·D bytes in 16 bits), what stands before the activation (2·T·K·rows bytes) and
-    12·T·K bytes or less of indices; the activation is computed again (arXiv:2512.14080, section 3).
+    the order of the slots; the activation is computed again (arXiv:2512.14080, section 3).
 
     Raises ValueError on shapes, dtypes or devices that do not fit, before anything runs.
     """
     _check(x, w_up, w_down, expert_ids, weights, activation, b_up, b_down)
     if INTERPRETED and torch.bfloat16 in (x.dtype, weights.dtype):
         # Triton's interpreter multiplies the raw bits of bfloat16: compute in float32, round at the end.
-        wide = [
-            None if given is None else given.float()
-            for given in (x, w_up, w_down, weights, b_up, b_down)
-        ]
         y = fused_moe(
-            *wide[:3], expert_ids, wide[3],
-            activation=activation, b_up=wide[4], b_down=wide[5],
+            x.float(), w_up.float(), w_down.float(), expert_ids, weights.float(),
+            activation=activation,
+            b_up=None if b_up is None else b_up.float(),
+            b_down=None if b_down is None else b_down.float(),
         )  # fmt: skip
         return y.to(x.dtype)
     x = x if x.stride(1) == 1 else x.contiguous()

@@ -1,8 +1,9 @@
 """Matrix products over rows sorted by expert, and what is fused to them.
 
 Every kernel follows one pattern. The rows of expert e lie at offsets[e] up to offsets[e+1]; they are cut into tiles of
-BLOCK_M rows that never span two experts. A program takes one tile of the result after another, finds the tile's expert in
-a map, and multiplies its rows by that expert's matrix. The number of tiles is read from memory: the host never knows it.
+BLOCK_M rows that never span two experts. A program takes one tile of the result after another, finds the tile's expert
+in a map, and multiplies its rows by that expert's matrix. The number of tiles is read from memory: the host never knows
+it.
 
 Rows are gathered on load where the input stands in token order: row r is that of token order[r] // K. Offsets into rows
 and weights are 64-bit: E·2F·D passes 2^31 elements at the size of DeepSeek-V3, N·D at T = 32768, K = 16, D = 4096.
@@ -30,15 +31,14 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
     """act(z) for z = (gate, up), or for gate alone where there is no up. Comparisons that keep NaN a NaN."""
     if ACTIVATION == "swiglu":
         return gate * tl.sigmoid(gate) * up
-    elif ACTIVATION == "clamped_swiglu":
+    if ACTIVATION == "clamped_swiglu":
         gate = tl.where(gate > CLAMP, CLAMP, gate)
         up = tl.where(up > CLAMP, CLAMP, tl.where(up < -CLAMP, -CLAMP, up))
         return (up + 1) * gate * tl.sigmoid(1.702 * gate)
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    else:
-        tl.static_assert(ACTIVATION == "relu")
-        return tl.where(gate < 0, 0.0, gate)
+    tl.static_assert(ACTIVATION == "relu")
+    return tl.where(gate < 0, 0.0, gate)
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _activate_backward(gate, up, grad, ACTIVATION: tl.constexpr):
     if ACTIVATION == "swiglu":
         s = tl.sigmoid(gate)
         return grad * up * s * (1 + gate * (1 - s)), grad * gate * s
-    elif ACTIVATION == "clamped_swiglu":
+    if ACTIVATION == "clamped_swiglu":
         g = tl.where(gate > CLAMP, CLAMP, gate)
         u = tl.where(up > CLAMP, CLAMP, tl.where(up < -CLAMP, -CLAMP, up))
         s = tl.sigmoid(1.702 * g)
@@ -57,13 +57,12 @@ def _activate_backward(gate, up, grad, ACTIVATION: tl.constexpr):
             tl.where(gate > CLAMP, 0.0, grad_gate),
             tl.where((up > CLAMP) | (up < -CLAMP), 0.0, grad_up),
         )
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
         pdf = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
         return grad * (cdf + gate * pdf), gate
-    else:
-        tl.static_assert(ACTIVATION == "relu")
-        return tl.where(gate > 0, grad, 0.0), gate
+    tl.static_assert(ACTIVATION == "relu")
+    return tl.where(gate > 0, grad, 0.0), gate
 
 
 # ---- The pieces that the kernels share --------------------------------------------------------------------------
@@ -120,21 +119,19 @@ def _weight_tile(
         if ACROSS:
             block = w.load([expert, n, 0, k])
             return tl.reshape(block, (BLOCK_N * HALVES, BLOCK_K)).T
-        else:
-            return tl.reshape(w.load([expert, k, n]), (BLOCK_K, BLOCK_N))
+        return tl.reshape(w.load([expert, k, n]), (BLOCK_K, BLOCK_N))
+    cols = tl.arange(0, BLOCK_N * HALVES)
+    depths = k + tl.arange(0, BLOCK_K)
+    column = n + cols // HALVES
+    inside = (column < N)[None, :] & (depths < depth)[:, None]
+    base = w + expert.to(tl.int64) * HALVES * N * depth
+    if ACROSS:
+        # Row numbers of one expert's matrix fit 32 bits, its elements need not.
+        row = ((cols % HALVES) * N + column).to(tl.int64)
+        where = base + row[None, :] * depth + depths[:, None]
     else:
-        cols = tl.arange(0, BLOCK_N * HALVES)
-        depths = k + tl.arange(0, BLOCK_K)
-        column = n + cols // HALVES
-        inside = (column < N)[None, :] & (depths < depth)[:, None]
-        base = w + expert.to(tl.int64) * HALVES * N * depth
-        if ACROSS:
-            # Row numbers of one expert's matrix fit 32 bits, its elements need not.
-            row = ((cols % HALVES) * N + column).to(tl.int64)
-            where = base + row[None, :] * depth + depths[:, None]
-        else:
-            where = base + depths.to(tl.int64)[:, None] * N + column[None, :]
-        return tl.load(where, mask=inside, other=0.0)
+        where = base + depths.to(tl.int64)[:, None] * N + column[None, :]
+    return tl.load(where, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -180,11 +177,10 @@ def _part(
     """One of 1, 2 or 4 runs of columns of a tile. An epilogue in parts needs fewer registers; nothing moves."""
     if PARTS == 1:
         return tile
-    else:
-        halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        half = left if part < PARTS // 2 else right
-        return _part(half, part % (PARTS // 2), PARTS // 2, BLOCK_M, BLOCK_N // 2)
+    halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    left, right = tl.split(halves)
+    half = left if part < PARTS // 2 else right
+    return _part(half, part % (PARTS // 2), PARTS // 2, BLOCK_M, BLOCK_N // 2)
 
 
 # ---- Forward ----------------------------------------------------------------------------------------------------
@@ -429,8 +425,8 @@ def _dact_kernel(
 ):
     """dy W_down, gathered on load; in its epilogue the activation once more, its backward, and the gates' gradient.
 
-    A row's output is w·(W_down a + b), so the gradient of w is <dy, W_down a + b> = <dy W_down, a> + <dy, b>: the output
-    itself is not needed, and was not kept.
+    A row's output is w·(W_down a + b), so the gradient of w is <dy, W_down a + b> = <dy W_down, a> + <dy, b>: the
+    output itself is not needed, and was not kept.
     """
     columns = tl.cdiv(F, BLOCK_N)
     tile_count = tl.load(tile_offsets_ptr + E) * columns

@@ -110,14 +110,14 @@ def _(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-def _save_for_gate(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_for_gate(ctx, inputs, output) -> None:
     logits, _, ctx.renormalise = inputs
     ids, weights = output
     ctx.mark_non_differentiable(ids)
     ctx.save_for_backward(logits, ids, weights)
 
 
-def _gate_backward(ctx, _, grad: Tensor):  # type: ignore[no-untyped-def]
+def _gate_backward(ctx, _, grad: Tensor):
     # T·E numbers, a thousandth of the layer's work: plain torch.
     logits, ids, weights = ctx.saved_tensors
     inner = (grad * weights).sum(dim=1, keepdim=True)
@@ -138,8 +138,10 @@ def top_k_gate(
 ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
     """Each token's k largest logits, in falling order, and their softmax weights.
 
-        w_i = exp(l_i) / sum over j in S of exp(l_j)     S = the chosen (Mixtral, arXiv:2401.04088, section 2.1);
-                                                         with renormalise=False, S = all experts (OLMoE, arXiv:2409.02060)
+        w_i = exp(l_i) / sum over j in S of exp(l_j)
+
+    S are the chosen ones (Mixtral, arXiv:2401.04088, section 2.1), or with renormalise=False all (OLMoE,
+    arXiv:2409.02060).
 
     Returns expert ids (int32) and weights (float32, differentiable). Of equal logits the lowest expert id is chosen.
     The whole row, its maximum, its sum and the choice stay in registers: E numbers read, 2K written per token.
@@ -281,8 +283,8 @@ def sort_by_expert(
 ) -> SortedSlots:
     """A stable counting sort of the slots by expert, and the map from tiles of block_m rows to experts.
 
-    Ids that are no expert (such as E) are skipped. Two kernels: a histogram per block of slots, then every block adds up
-    the counts before its own and writes its slots. At most `max_tiles` tiles, whatever the routing.
+    Ids that are no expert (such as E) are skipped. Two kernels: a histogram per block of slots, then every block adds
+    up the counts before its own and writes its slots. At most `max_tiles` tiles, whatever the routing.
     """
     ids = expert_ids.reshape(-1).to(torch.int32).contiguous()
     slots = len(ids)
