@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels, read off without a GPU.
 
-    TRITON_INTERPRET=0 python -m moe_course.kernels.compile [--all] [--capability 9.0] [--record]
+    TRITON_INTERPRET=0 python -m moe_course.kernels.compile [--all] [--capability 9.0] [--record [PATH]]
 
 Runs the very launches of `fused_moe`, forward and backward, on tensors without data, but stops each at the compiled
 binary: registers, stack, shared memory, and how many tensor-core, copy and spill instructions it holds.
@@ -51,6 +51,7 @@ class Compiled:
     hmma: int  # of a warp
     tma_loads: int  # copies by descriptor
     async_copies: int  # gathered copies that pass no register
+    atomics: int
 
 
 class _CompileOnly:
@@ -169,6 +170,7 @@ def inspect(capability: tuple[int, int], case: str, **layer: Any) -> list[Compil
             hmma=_count("HMMA", text),
             tma_loads=_count("UTMALDG", text),
             async_copies=_count("LDGSTS", text),
+            atomics=_count("(ATOM|ATOMG|RED)", text),
         )
     return list(rows.values())
 
@@ -220,6 +222,10 @@ def faults(row: Compiled) -> list[str]:
         found.append(f"{row.stack_bytes} bytes of stack, {row.spills} spills")
     if row.shared_bytes > tiles.SHARED_MEMORY[capability]:
         found.append(f"{row.shared_bytes} bytes of shared memory")
+    if row.atomics:
+        found.append(
+            f"{row.atomics} atomics: the order of a sum must not be left to chance"
+        )
     if row.kernel in MATRIX_KERNELS:
         block_m = int(row.block.split("x")[0])
         if capability >= (9, 0) and block_m >= 64 and "fp32" not in row.case:
@@ -241,7 +247,9 @@ def main() -> None:
     parser.add_argument(
         "--capability", action="append", help="9.0, 8.0; both if none is given"
     )
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD}")
+    parser.add_argument(
+        "--record", nargs="?", type=Path, const=RECORD, help=f"write {RECORD}, or PATH"
+    )
     options = parser.parse_args()
     if INTERPRETED:
         parser.error("the kernels are interpreted here: set TRITON_INTERPRET=0 first")
@@ -263,7 +271,8 @@ def main() -> None:
         found = [asdict(row) for row in rows]
         packages = ("torch", "triton")
         records.save(
-            records.measure("kernels_compiled", command, found, packages), RECORD
+            records.measure("kernels_compiled", command, found, packages),
+            options.record,
         )
     raise SystemExit(int(failed))
 

@@ -74,7 +74,7 @@ def _gate_kernel(
 
 
 def gate(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """The launch of `top_k_gate`."""
+    """The launch of `top_k_gate`: weights, then ids (opcheck adds up outputs, in the dtype of the first)."""
     tokens, num_experts = logits.shape
     ids = logits.new_empty((tokens, k), dtype=torch.int32)
     weights = logits.new_empty((tokens, k), dtype=torch.float32)
@@ -95,7 +95,7 @@ def gate(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
             BLOCK_E=block_e,
             BLOCK_K=triton.next_power_of_2(k),
         )
-    return ids, weights
+    return weights, ids
 
 
 _top_k_gate = torch.library.custom_op("moe_course::top_k_gate", gate, mutates_args=())
@@ -105,19 +105,19 @@ _top_k_gate = torch.library.custom_op("moe_course::top_k_gate", gate, mutates_ar
 def _(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], k)
     return (
-        logits.new_empty(shape, dtype=torch.int32),
         logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.int32),
     )
 
 
 def _save_for_gate(ctx, inputs, output) -> None:
     logits, _, ctx.renormalise = inputs
-    ids, weights = output
+    weights, ids = output
     ctx.mark_non_differentiable(ids)
     ctx.save_for_backward(logits, ids, weights)
 
 
-def _gate_backward(ctx, _, grad: Tensor):
+def _gate_backward(ctx, grad: Tensor, _):
     # T·E numbers, a thousandth of the layer's work: plain torch.
     logits, ids, weights = ctx.saved_tensors
     inner = (grad * weights).sum(dim=1, keepdim=True)
@@ -158,7 +158,8 @@ def top_k_gate(
         )
     if logits.dtype == torch.bfloat16 and not logits.is_cuda:
         logits = logits.float()  # Triton's interpreter does not know bfloat16
-    return _top_k_gate(logits, k, renormalise)
+    weights, ids = _top_k_gate(logits, k, renormalise)
+    return ids, weights
 
 
 # ---- The counting sort ------------------------------------------------------------------------------------------
