@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -108,6 +109,10 @@ def build() -> int:
 
 
 def report() -> int:
+    if find_spec("triton") is None:
+        print(
+            "There is no triton here (it exists for Linux alone): book/kernels is shown without outputs."
+        )
     print(
         "Open _build/html/index.html, or serve it: python -m http.server -d _build/html (make serve)"
     )

@@ -179,3 +179,27 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path: Path) -> 
     code, executed, output = build()
     assert (code, executed) == (1, {"apart"}), output
     assert "the diagnosis" in output
+
+
+def test_without_triton_the_kernels_are_shown_but_not_run(tmp_path):
+    (tmp_path / "book" / "kernels").mkdir(parents=True)
+    figure = "[the figure](#fig-of-a-cell)"
+    pages = {"index": f"# Start\n\n{figure}", "book/kernels/page": ["print(6 * 7)"]}
+    small_book(tmp_path, pages)
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['triton'] = None")
+    path = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "book/build.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "book/kernels is shown without outputs" in done.stdout
+    page = (tmp_path / "_build/html/book/kernels/page.html").read_text()
+    text = bs4.BeautifulSoup(page, "html.parser").main.get_text()
+    assert "print(6 * 7)" in text
+    assert "42" not in text

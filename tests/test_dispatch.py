@@ -329,15 +329,6 @@ def test_grouped_mm_wants_one_type():
     assert not fits_grouped_mm(torch.randn(2, 8).bfloat16(), Experts(2, 8, 8))
 
 
-def test_the_hook_for_the_kernel_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "moe_course.kernels", None)
-    slots = slots_from_routing(_routing(torch.zeros(2, 1, dtype=torch.int64), 1), 1)
-    with pytest.raises(
-        ImportError, match=r"needs moe_course\.kernels, which is not there"
-    ):
-        triton(torch.randn(2, 4).double(), slots, _experts(1, 4, 4))
-
-
 @settings(max_examples=50)
 @given(cases())
 def test_the_kernel_gets_what_its_contract_says(case):

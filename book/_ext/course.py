@@ -4,12 +4,14 @@
   that would point there is off: Colab, Binder, edit, issue and repository buttons, canonical links and the sitemap.
 * A link in words to a numbered figure, `[the three regimes](#fig-three-regimes)`, gets its number: "the three regimes
   (Figure 3)". In the notebook itself such a link reads well without one, which `{numref}` does not.
+* Where there is no triton (macOS, Windows), the pages of Part 5 are built without running them.
 * A page that shows `<div id="course-progress"></div>` gets the list of the course's pages with their minutes, read
   from each page's `data-minutes`, for book/_static/course.js to draw the reader's progress.
 """
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -58,6 +60,13 @@ def set_address(app):
             "index.html",
         ]
         app.setup_extension("sphinx_sitemap")
+
+
+def leave_kernels_unrun(app):
+    """Without triton the chapters about kernels cannot run: show them without outputs, so without their figures."""
+    if find_spec("triton") is None:
+        app.config.nb_execution_excludepatterns += ["book/kernels/*"]
+        app.config.suppress_warnings += ["myst.xref_missing"]
 
 
 def note_minutes(app, doctree):
@@ -162,6 +171,7 @@ def mark_up_docstring(app, what, name, obj, options, lines):
 
 def setup(app):
     set_address(app)
+    leave_kernels_unrun(app)
     app.connect("autodoc-process-docstring", mark_up_docstring)
     app.connect("doctree-read", note_minutes)
     app.connect("env-updated", note_includes)

@@ -31,14 +31,15 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
     """act(z) for z = (gate, up), or for gate alone where there is no up. Comparisons that keep NaN a NaN."""
     if ACTIVATION == "swiglu":
         return gate * tl.sigmoid(gate) * up
-    if ACTIVATION == "clamped_swiglu":
+    elif ACTIVATION == "clamped_swiglu":
         gate = tl.where(gate > CLAMP, CLAMP, gate)
         up = tl.where(up > CLAMP, CLAMP, tl.where(up < -CLAMP, -CLAMP, up))
         return (up + 1) * gate * tl.sigmoid(1.702 * gate)
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    tl.static_assert(ACTIVATION == "relu")
-    return tl.where(gate < 0, 0.0, gate)
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        return tl.where(gate < 0, 0.0, gate)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _activate_backward(gate, up, grad, ACTIVATION: tl.constexpr):
     if ACTIVATION == "swiglu":
         s = tl.sigmoid(gate)
         return grad * up * s * (1 + gate * (1 - s)), grad * gate * s
-    if ACTIVATION == "clamped_swiglu":
+    elif ACTIVATION == "clamped_swiglu":
         g = tl.where(gate > CLAMP, CLAMP, gate)
         u = tl.where(up > CLAMP, CLAMP, tl.where(up < -CLAMP, -CLAMP, up))
         s = tl.sigmoid(1.702 * g)
@@ -57,12 +58,13 @@ def _activate_backward(gate, up, grad, ACTIVATION: tl.constexpr):
             tl.where(gate > CLAMP, 0.0, grad_gate),
             tl.where((up > CLAMP) | (up < -CLAMP), 0.0, grad_up),
         )
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
         pdf = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
         return grad * (cdf + gate * pdf), gate
-    tl.static_assert(ACTIVATION == "relu")
-    return tl.where(gate > 0, grad, 0.0), gate
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        return tl.where(gate > 0, grad, 0.0), gate
 
 
 # ---- The pieces that the kernels share --------------------------------------------------------------------------
@@ -118,20 +120,23 @@ def _weight_tile(
     if TMA:
         if ACROSS:
             block = w.load([expert, n, 0, k])
-            return tl.reshape(block, (BLOCK_N * HALVES, BLOCK_K)).T
-        return tl.reshape(w.load([expert, k, n]), (BLOCK_K, BLOCK_N))
-    cols = tl.arange(0, BLOCK_N * HALVES)
-    depths = k + tl.arange(0, BLOCK_K)
-    column = n + cols // HALVES
-    inside = (column < N)[None, :] & (depths < depth)[:, None]
-    base = w + expert.to(tl.int64) * HALVES * N * depth
-    if ACROSS:
-        # Row numbers of one expert's matrix fit 32 bits, its elements need not.
-        row = ((cols % HALVES) * N + column).to(tl.int64)
-        where = base + row[None, :] * depth + depths[:, None]
+            tile = tl.reshape(block, (BLOCK_N * HALVES, BLOCK_K)).T
+        else:
+            tile = tl.reshape(w.load([expert, k, n]), (BLOCK_K, BLOCK_N))
     else:
-        where = base + depths.to(tl.int64)[:, None] * N + column[None, :]
-    return tl.load(where, mask=inside, other=0.0)
+        cols = tl.arange(0, BLOCK_N * HALVES)
+        depths = k + tl.arange(0, BLOCK_K)
+        column = n + cols // HALVES
+        inside = (column < N)[None, :] & (depths < depth)[:, None]
+        base = w + expert.to(tl.int64) * HALVES * N * depth
+        if ACROSS:
+            # Row numbers of one expert's matrix fit 32 bits, its elements need not.
+            row = ((cols % HALVES) * N + column).to(tl.int64)
+            where = base + row[None, :] * depth + depths[:, None]
+        else:
+            where = base + depths.to(tl.int64)[:, None] * N + column[None, :]
+        tile = tl.load(where, mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -175,12 +180,12 @@ def _part(
     BLOCK_N: tl.constexpr,
 ):
     """One of 1, 2 or 4 runs of columns of a tile. An epilogue in parts needs fewer registers; nothing moves."""
-    if PARTS == 1:
-        return tile
-    halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-    left, right = tl.split(halves)
-    half = left if part < PARTS // 2 else right
-    return _part(half, part % (PARTS // 2), PARTS // 2, BLOCK_M, BLOCK_N // 2)
+    if PARTS > 1:
+        halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        half = left if part < PARTS // 2 else right
+        tile = _part(half, part % (PARTS // 2), PARTS // 2, BLOCK_M, BLOCK_N // 2)
+    return tile
 
 
 # ---- Forward ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ outputs: float32), in the order of the slots, and returned in that of x: the sam
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from itertools import repeat
@@ -209,15 +208,11 @@ def fits_grouped_mm(x: Float[Tensor, "T D"], experts: Experts) -> bool:
 def triton(
     x: Float[Tensor, "T D"], slots: Slots, experts: Experts
 ) -> Float[Tensor, "T D"]:
-    """The fused kernel of `moe_course.kernels`. Raises ImportError as long as there is none."""
-    try:
-        kernels = importlib.import_module("moe_course.kernels")
-    except ImportError as error:
-        raise ImportError(
-            "dispatch 'triton' needs moe_course.kernels, which is not there yet: use 'grouped' or 'loop'"
-        ) from error
+    """The fused kernel of `moe_course.kernels`. Raises ImportError where there is no triton."""
+    from moe_course.kernels import fused_moe  # exists for Linux alone
+
     expert_ids, weights = slot_table(slots, len(x), experts.num_experts)
-    return kernels.fused_moe(
+    return fused_moe(
         x,
         experts.w_up,
         experts.w_down,
