@@ -48,7 +48,10 @@ def write_page(root: Path, page: str, content: str | list[str]) -> None:
     cells += [
         nbformat.v4.new_code_cell(code, id=f"cell{n}") for n, code in enumerate(content)
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), root / f"{page}.ipynb")
+    # What Jupyter writes: a page that is not run has no kernel to tell its language.
+    metadata = {"language_info": {"name": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    nbformat.write(notebook, root / f"{page}.ipynb")
 
 
 def build_small_book(root: Path) -> subprocess.CompletedProcess[str]:
@@ -184,11 +187,19 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path: Path) -> 
 def test_without_triton_the_kernels_are_shown_but_not_run(tmp_path):
     (tmp_path / "book" / "kernels").mkdir(parents=True)
     figure = "[the figure](#fig-of-a-cell)"
-    pages = {"index": f"# Start\n\n{figure}", "book/kernels/page": ["print(6 * 7)"]}
+    api = "```{eval-rst}\n.. automodule:: moe_course.kernels.grouped_gemm\n   :members: combine\n```"
+    pages = {
+        "index": f"# Start\n\n{figure}\n\n{api}",
+        "book/kernels/page": ["print(6 * 7)"],
+    }
     small_book(tmp_path, pages)
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['triton'] = None")
+    (hidden / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder as P\n"
+        "find = P.find_spec\n"
+        "P.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+    )
     path = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "book/build.py"],

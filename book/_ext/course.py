@@ -67,6 +67,7 @@ def leave_kernels_unrun(app):
     if find_spec("triton") is None:
         app.config.nb_execution_excludepatterns += ["book/kernels/*"]
         app.config.suppress_warnings += ["myst.xref_missing"]
+        app.config.autodoc_mock_imports += ["triton"]
 
 
 def note_minutes(app, doctree):

@@ -42,7 +42,7 @@ def _interpret_the_standard_library() -> None:
 
     for module in (triton.language, triton.language.standard):
         for name, value in list(vars(module).items()):
-            if isinstance(value, JITFunction):
+            if type(value) is JITFunction:
                 setattr(module, name, InterpretedFunction(value.fn))
 
 
