@@ -64,7 +64,8 @@ class _CompileOnly:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton remembers the target of each device: two capabilities are two devices.
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
