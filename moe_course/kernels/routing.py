@@ -79,7 +79,7 @@ def gate(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     ids = logits.new_empty((tokens, k), dtype=torch.int32)
     weights = logits.new_empty((tokens, k), dtype=torch.float32)
     block_e = triton.next_power_of_2(num_experts)
-    block_t = max(1, 2048 // block_e)
+    block_t = max(1, 1024 // block_e)
     if tokens:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         _gate_kernel[(triton.cdiv(tokens, block_t),)](
