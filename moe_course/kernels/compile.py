@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,26 +136,30 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(rf"\b{pattern}\b", text))
 
 
+@cache
+def _disassembled(cubin: bytes) -> tuple[tuple[int, int], str]:
+    """Registers and bytes of stack, and the instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def read(flag: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, flag, file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return done.stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", read("-res-usage"))
+        assert usage is not None
+        return (int(usage[1]), int(usage[2])), read("-sass")
+
+
 def inspect(capability: tuple[int, int], case: str, **layer: Any) -> list[Compiled]:
     """Compile a layer's launches and read their binaries: one row for each different binary."""
     with compile_only(capability) as binaries:
         run_layer(**layer)
     rows = {}
     for name, binary, options in binaries:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-
-            def read(flag: str, path: str = file.name) -> str:
-                command = [triton.knobs.nvidia.cuobjdump.path, flag, path]
-                done = subprocess.run(
-                    command, capture_output=True, text=True, check=True
-                )
-                return done.stdout
-
-            usage = re.search(r"REG:(\d+) STACK:(\d+)", read("-res-usage"))
-            text = read("-sass")
-        assert usage is not None
+        usage, text = _disassembled(binary.asm["cubin"])
         block = [options.get(f"BLOCK_{side}") for side in "MNK"]
         rows[binary.hash] = Compiled(
             kernel=name.strip("_").removesuffix("_kernel"),
@@ -163,8 +168,8 @@ def inspect(capability: tuple[int, int], case: str, **layer: Any) -> list[Compil
             block="x".join(str(size) for size in block if size is not None),
             warps=binary.metadata.num_warps,
             stages=binary.metadata.num_stages,
-            registers=int(usage[1]),
-            stack_bytes=int(usage[2]),
+            registers=usage[0],
+            stack_bytes=usage[1],
             spills=_count("LDL", text) + _count("STL", text),
             shared_bytes=binary.metadata.shared,
             hgmma=_count("HGMMA", text),
