@@ -11,13 +11,15 @@ from typing import Any
 
 
 def show(*objects: type | Callable[..., Any]) -> Any:
-    """Display the source of functions or classes, highlighted, with the file that holds
-    it.
-    """
+    """Display the source of functions, classes or Triton kernels, highlighted, with the file that holds it."""
     from IPython.display import Code
 
     parts = []
+    thing: Any
     for thing in objects:
+        # A Triton kernel, compiled or interpreted, wraps the function as it was written.
+        while type(thing).__module__.startswith("triton."):
+            thing = thing.fn
         module = inspect.getmodule(thing)
         if module is None or module.__name__ == "__main__":
             place = "this notebook"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
+
 from moe_course.layers import SwiGLU
 from moe_course.show import show
 from moe_course.specs import FFN
@@ -25,6 +27,16 @@ def test_several_objects_are_shown_in_order():
         "return self.down(hidden)"
     )
     assert "\n    weights = (inputs + 1) * width * self.hidden\n" in code
+
+
+def test_a_kernel_is_shown_as_it_was_written():
+    pytest.importorskip("triton")
+    from moe_course.kernels import grouped_gemm, routing
+
+    code = show(routing._count_kernel, grouped_gemm.combine).data
+    assert code.startswith("# moe_course/kernels/routing.py\n@triton.jit\n")
+    assert "def _count_kernel(\n    ids_ptr," in code
+    assert "\n\n\n# moe_course/kernels/grouped_gemm.py\ndef combine(" in code
 
 
 def test_what_a_notebook_defines_is_said_to_be_there():
