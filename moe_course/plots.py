@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 if TYPE_CHECKING:
     from moe_course.specs import ModelSpec
@@ -28,6 +31,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, INK = (
     "#56B4E9",
     "#2B2B2B",
 )
+_OWNERS = (SKY, ORANGE, GREEN, PURPLE, BLUE, VERMILION)
 DENSE, SPARSE = BLUE, VERMILION  # the two sides of the course, in every figure
 
 _STYLE: Any = {
@@ -96,6 +100,45 @@ def stored_and_used(ax: Axes, specs: Sequence[ModelSpec]) -> None:
     ax.set_xlabel("parameters (billions)")
     ax.grid(axis="y", visible=False)
     ax.legend(loc="lower right")
+
+
+def owners(ax: Axes, programs: Any, outside: Any = None) -> None:
+    """One cell an element of a matrix or vector, in the colour and with the number of the program that stored it.
+
+    programs: whole numbers; -1, left white, where nobody stored anything. outside: True for cells that stand for no
+    element, which are hatched: lanes that a mask switches off.
+    """
+    programs = np.atleast_2d(np.asarray(programs))
+    rows, columns = programs.shape
+    picture = np.ones((rows, columns, 3))
+    for program in np.unique(programs[programs >= 0]):
+        color = mpl.colors.to_rgb(_OWNERS[int(program) % len(_OWNERS)])
+        # Half way to white, so that black numbers read on each of them.
+        picture[programs == program] = (1 + np.array(color)) / 2
+    ax.imshow(picture, aspect="auto", interpolation="nearest")
+    edges = [
+        ((c + 0.5, r - 0.5), (c + 0.5, r + 0.5))
+        for r, c in np.argwhere(programs[:, 1:] != programs[:, :-1])
+    ] + [
+        ((c - 0.5, r + 0.5), (c + 0.5, r + 0.5))
+        for r, c in np.argwhere(programs[1:] != programs[:-1])
+    ]
+    ax.add_collection(LineCollection(edges, colors=INK, linewidths=0.8))
+    for row in range(rows):
+        starts = np.flatnonzero(np.diff(programs[row], prepend=-2))
+        for start, end in zip(starts, [*starts[1:], columns], strict=True):
+            program = programs[row, start]
+            same = (programs[:, start:end] == program).all(axis=1)
+            if program < 0 or (row and same[row - 1]):
+                continue  # nobody's, or the rest of a tile that has its number
+            height = np.argmin([*same[row:], False])
+            where = ((start + end - 1) / 2, row + (height - 1) / 2)
+            ax.text(*where, str(program), ha="center", va="center", fontsize=9)
+    for r, c in np.argwhere([] if outside is None else np.atleast_2d(outside)):
+        ax.add_patch(
+            Rectangle((c - 0.5, r - 0.5), 1, 1, fc="white", ec="#8A8A8A", hatch="////")
+        )
+    ax.grid(visible=False)
 
 
 # Where a model's name stands beside its point, in typographic points: set by hand so that no two names meet.

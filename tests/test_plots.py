@@ -177,6 +177,35 @@ def test_load_over_time_is_white_at_an_even_share():
         assert ax.get_xlim() == (0, 60)
 
 
+def test_owners_numbers_each_tile_once_and_hatches_what_is_no_element():
+    programs = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, -1, 3], [2, 2, 0, 3]]
+    outside = np.zeros((4, 4), dtype=bool)
+    outside[2, 2] = True
+    with plots.figure() as (fig, ax):
+        plots.owners(ax, programs, outside)
+    numbers = {text.get_position(): text.get_text() for text in ax.texts}
+    assert numbers == {
+        (0.5, 0.5): "0",
+        (2.5, 0.5): "1",
+        (0.5, 2.5): "2",
+        (3, 2.5): "3",
+        (2, 3): "0",
+    }
+    picture = ax.images[0].get_array()
+    assert (picture[2, 2] == 1).all()  # nobody's
+    assert (picture[0, 0] == picture[3, 2]).all()
+    assert len({tuple(picture[r, c]) for r, c in ((0, 0), (0, 2), (2, 0), (2, 3))}) == 4
+    assert [patch.get_xy() for patch in ax.patches] == [(1.5, 1.5)]
+    plt.close(fig)
+
+
+def test_owners_takes_a_vector():
+    with plots.figure() as (fig, ax):
+        plots.owners(ax, [0, 0, 1])
+    assert [text.get_text() for text in ax.texts] == ["0", "1"]
+    plt.close(fig)
+
+
 def test_a_scrubber_shows_the_last_state_and_holds_all():
     shares = [
         [[0.5, 0.5], [0.9, 0.1]],
