@@ -47,7 +47,8 @@ def _gate_kernel(
     k = tl.arange(0, BLOCK_K)
     inside = (t < tokens)[:, None] & (e < E)[None, :]
     where = logits_ptr + t.to(tl.int64)[:, None] * stride_t + e[None, :]
-    logits = tl.load(where, mask=inside, other=float("-inf")).to(tl.float32)
+    logits = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    logits = tl.where((e < E)[None, :], logits, float("-inf"))
     shifted = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     total = tl.sum(shifted, axis=1)
 
