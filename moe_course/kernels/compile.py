@@ -74,9 +74,12 @@ class _CompileOnly:
 
 @contextmanager
 def compile_only(
-    capability: tuple[int, int],
+    capability: tuple[int, int], change: dict[str, dict[str, Any]] | None = None
 ) -> Iterator[list[tuple[str, Any, dict[str, Any]]]]:
-    """Every launch inside compiles for that capability and does not run; yields (name, binary, options) of each."""
+    """Every launch inside compiles for that capability and does not run; yields (name, binary, options) of each.
+
+    change: what would come of other constants: by name of a kernel, those that replace its own. The rest is left out.
+    """
     binaries: list[tuple[str, Any, dict[str, Any]]] = []
     run, capability_of, driver_before = (
         JITFunction.run,
@@ -87,6 +90,12 @@ def compile_only(
     def compile_instead(
         self: Any, *args: Any, grid: Any, warmup: bool, **options: Any
     ) -> None:
+        if change is not None:
+            if self.fn.__name__ not in change:
+                return
+            options |= change[self.fn.__name__]
+            if options.get("TMA") is False:  # a descriptor's tensor in its place
+                args = tuple(getattr(value, "base", value) for value in args)
         binary = run(self, *args, grid=grid, warmup=True, **options)
         binaries.append((self.fn.__name__, binary, options))
 
@@ -137,29 +146,32 @@ def _count(pattern: str, text: str) -> int:
 
 
 @cache
-def _disassembled(cubin: bytes) -> tuple[tuple[int, int], str]:
-    """Registers and bytes of stack, and the instructions."""
+def dump(cubin: bytes, flag: str) -> str:
+    """What cuobjdump says about a binary: "-sass" for its text, "-res-usage" for its registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def read(flag: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, flag, file.name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            return done.stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", read("-res-usage"))
-        assert usage is not None
-        return (int(usage[1]), int(usage[2])), read("-sass")
+        command = [triton.knobs.nvidia.cuobjdump.path, flag, file.name]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout
 
 
-def inspect(capability: tuple[int, int], case: str, **layer: Any) -> list[Compiled]:
+def inspect(
+    capability: tuple[int, int],
+    case: str,
+    change: dict[str, dict[str, Any]] | None = None,
+    **layer: Any,
+) -> list[Compiled]:
     """Compile a layer's launches and read their binaries: one row for each different binary."""
-    with compile_only(capability) as binaries:
+    with compile_only(capability, change) as binaries:
         run_layer(**layer)
     rows = {}
     for name, binary, options in binaries:
-        usage, text = _disassembled(binary.asm["cubin"])
+        cubin = binary.asm["cubin"]
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", dump(cubin, "-res-usage"))
+        text = dump(cubin, "-sass")
+        assert usage is not None
         block = [options.get(f"BLOCK_{side}") for side in "MNK"]
         rows[binary.hash] = Compiled(
             kernel=name.strip("_").removesuffix("_kernel"),
@@ -168,8 +180,8 @@ def inspect(capability: tuple[int, int], case: str, **layer: Any) -> list[Compil
             block="x".join(str(size) for size in block if size is not None),
             warps=binary.metadata.num_warps,
             stages=binary.metadata.num_stages,
-            registers=usage[0],
-            stack_bytes=usage[1],
+            registers=int(usage[1]),
+            stack_bytes=int(usage[2]),
             spills=_count("LDL", text) + _count("STL", text),
             shared_bytes=binary.metadata.shared,
             hgmma=_count("HGMMA", text),
