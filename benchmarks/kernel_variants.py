@@ -47,7 +47,7 @@ def ways_out(layer: dict[str, Any]) -> list[dict[str, Any]]:
         compiled.run_layer(**layer)
     rows = []
     for _, binary, options in binaries:
-        text = compiled.dump(binary, "-sass")
+        text = compiled.dump(binary.asm["cubin"], "-sass")
         counts = {
             "shuffles": len(re.findall(r"\bSHFL\b", text)),
             "shared_stores": len(re.findall(r"\bSTSM?\b", text)),
