@@ -101,6 +101,28 @@ layer.choose = choose
     assert "FAULT" in out
 
 
+def test_a_kernel_with_other_constants_alone():
+    code = """
+from moe_course.kernels.compile import QWEN3, inspect
+layer = QWEN3 | {"tokens": 8192}
+(one,) = inspect((9, 0), "", {"_dact_kernel": {"PARTS": 1}}, **layer)
+(four,) = inspect((9, 0), "", {"_dact_kernel": {"TMA": False}}, **layer)
+print(one.kernel, one.stack_bytes > 0, one.tma_loads > 0)
+print(four.kernel, four.stack_bytes > 0, four.tma_loads > 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.stdout.split("\n")[:2] == ["dact True True", "dact False False"], (
+        done.stderr
+    )
+
+
 def test_it_says_what_to_set_in_a_process_of_the_interpreter(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "moe_course.kernels.compile"],
