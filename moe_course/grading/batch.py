@@ -60,10 +60,13 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """Changes with the seed, the limits and the text of every check."""
-        files = [core.CHECKS / f"{load_exercise(self.exercise).stem}.py"]
-        files += [Path(core.__file__), Path(core.__file__).with_name("tensors.py")]
-        parts = [repr(self)]
+        """Changes with the seed, the limits, the text of every check, and what this machine cannot check."""
+        exercise = load_exercise(self.exercise)
+        here = Path(core.__file__)
+        files = [core.CHECKS / f"{exercise.stem}.py", here]
+        files += [here.with_name("tensors.py"), here.with_name("calls.py")]
+        files += [here.parents[1] / "kernels" / "trace.py"]
+        parts = [repr(self), *(question.lacking for question in exercise.questions)]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

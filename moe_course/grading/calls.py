@@ -6,7 +6,8 @@ Torch is imported where it is needed: counting exercises need none.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -60,6 +61,113 @@ def cost(call: Callable[[], Any]) -> tuple[Any, int, int]:
     with Largest() as largest, FlopCounterMode(display=False) as flops:
         result = call()
     return result, largest.entries, int(flops.get_total_flops())
+
+
+# --- What kernels do -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the Triton kernels of one call did, in plain values."""
+
+    programs: int
+    loads: int  # operations
+    stores: int
+    atomics: int
+    loaded: int  # bytes, in whole pieces of 32
+    written: int
+    launches: list[int]  # programs of each
+    dots: list[list[int]]  # M, N, K of each tl.dot
+    races: list[str]
+    unwritten: list[str]
+    read: dict[str, int]  # distinct elements of each argument that were loaded
+    changed: list[str]  # arguments that were stored into
+    apart: (
+        bool  # whether arguments were laid out as asked: memory may have been refused
+    )
+    stored: Any  # of a tensor that was returned: which elements programs have stored
+
+    def plain(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def of(cls, plain: Any) -> Kernels:
+        """From what another process says. Raises ValueError on what is no such thing."""
+
+        def lists(value: Any, kind: type) -> bool:
+            return type(value) is list and all(type(entry) is kind for entry in value)
+
+        names = [field.name for field in fields(cls)]
+        if type(plain) is not dict or list(plain) != names:
+            raise ValueError("no account of kernels")
+        got = cls(**plain)
+        if not (
+            all(type(plain[name]) is int for name in names[:6])
+            and lists(got.launches, int)
+            and lists(got.dots, list)
+            and all(lists(dot, int) and len(dot) == 3 for dot in got.dots)
+            and all(lists(n, str) for n in (got.races, got.unwritten, got.changed))
+            and type(got.read) is dict
+            and lists(list(got.read), str)
+            and lists(list(got.read.values()), int)
+            and type(got.apart) is bool
+            and (got.stored is None or is_tensor(got.stored))
+        ):
+            raise ValueError("no account of kernels")
+        return got
+
+
+def spread(tensor: Any, stride: int) -> Any:
+    """The same values with `stride` elements from one entry of the first dimension to the next."""
+    inner = tensor[0].contiguous()
+    memory = tensor.new_empty((len(tensor) - 1) * stride + inner.numel())
+    wide = memory.as_strided(tensor.shape, (stride, *inner.stride()))
+    return wide.copy_(tensor)
+
+
+def watch(
+    function: Callable[..., Any],
+    case: dict[str, Any],
+    apart: Mapping[str, int],
+    trace: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """The result of a call, and what its kernels did, as `Kernels.plain`.
+
+    apart: arguments that are laid out with this stride of their first dimension. trace: moe_course.kernels.trace.trace.
+    """
+    import torch
+
+    given, granted = dict(case), True
+    try:
+        given |= {name: spread(case[name], apart[name]) for name in apart}
+    except RuntimeError:  # of the allocator
+        granted, apart = False, {}
+    tensors = {name: value for name, value in given.items() if is_tensor(value)}
+    with trace(tensors, hide=True) as seen:
+        result = function(**given)
+    for name in apart:
+        case[name].copy_(given[name])  # whoever compares sees what has changed
+    loads, stores = seen.traffic("load"), seen.traffic("store")
+    stored = None
+    if type(result) is torch.Tensor and result.device.type == "cpu":
+        stored = torch.from_numpy(seen.stored(result))
+    account = Kernels(
+        seen.count,
+        loads.operations,
+        stores.operations,
+        seen.traffic("atomic").operations,
+        loads.moved,
+        stores.moved,
+        [x * y * z for x, y, z in seen.launches],
+        [list(dot) for dot in sorted(seen.dots)],
+        [text[:300] for text in seen.races],
+        [text[:300] for text in seen.unwritten],
+        {name: int(seen.touched("load", name).sum()) for name in tensors},
+        [n for n in tensors if any(seen.traffic(k, n).operations for k in ("store", "atomic"))],
+        granted,
+        stored,
+    )  # fmt: skip
+    return result, account.plain()
 
 
 # --- Calls whose other half is in another process ------------------------------------

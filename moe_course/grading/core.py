@@ -8,6 +8,7 @@ invariant discriminates: the others are not reached, and earn nothing, until it 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import random
 import sys
 import traceback
@@ -29,12 +30,19 @@ MOST_ENTRIES = 24  # of a tensor that a message spells out
 PLUMBING = {
     __name__,
     *(f"{__package__}.{m}" for m in ("calls", "judge", "sandbox", "session", "wire")),
+    f"{__package__}.tensors",
+    "moe_course.kernels.trace",
 }
 
 LONGEST = 300  # characters of anything a learner's code hands us
 
 PASSED, FAILED, NOT_REACHED = "passed", "failed", "not reached"
-MARKS = {PASSED: "✓", FAILED: "✗", NOT_REACHED: "–"}
+LEFT_OUT = "left out"  # cannot be checked on this machine: counts neither way
+MARKS = {PASSED: "✓", FAILED: "✗", NOT_REACHED: "–", LEFT_OUT: "·"}
+# What a question may need, and why it is not everywhere.
+NEEDS = {
+    "triton": "Triton is not installed here (it runs on Linux): this question is left out, and its points with it",
+}
 
 
 class Failure(AssertionError):
@@ -58,11 +66,14 @@ class PackageAnswer(Exception):
 
 @dataclass(frozen=True)
 class Invariant:
-    """What must hold, worth `points`; `test(answer, rng)` raises Failure; `hint` diagnoses the usual mistake."""
+    """What must hold, worth `points`; `test(answer, rng)` raises Failure; `hint` diagnoses the usual mistake.
+
+    A text that the test returns is shown where it passes.
+    """
 
     name: str
     points: int
-    test: Callable[[Answer, random.Random], None]
+    test: Callable[[Answer, random.Random], str | None]
     hint: str
 
 
@@ -78,6 +89,9 @@ class Question:
     link: str
     invariants: tuple[Invariant, ...]
     allowed: tuple[str, ...] = ()  # modules of the package that an answer may call
+    needs: str = (
+        ""  # a module, one of NEEDS: where it is missing, the question is left out
+    )
 
     def __post_init__(self) -> None:
         if not self.invariants or any(
@@ -99,6 +113,13 @@ class Question:
     @property
     def points(self) -> int:
         return sum(invariant.points for invariant in self.invariants)
+
+    @property
+    def lacking(self) -> str:
+        """Why the question cannot be checked on this machine, "" where it can."""
+        if not self.needs or importlib.util.find_spec(self.needs) is not None:
+            return ""
+        return NEEDS[self.needs]
 
 
 @dataclass(frozen=True)
@@ -154,9 +175,16 @@ class Outcome:
 
     @property
     def full(self) -> bool:
-        return all(line.status == PASSED for line in self.lines)
+        """Whether nothing is left to do here."""
+        return all(line.status in (PASSED, LEFT_OUT) for line in self.lines)
+
+    @property
+    def left_out(self) -> bool:
+        return any(line.status == LEFT_OUT for line in self.lines)
 
     def text(self) -> str:
+        if self.left_out:
+            return f"{self.question} {self.title}: {self.lines[0].detail}"
         rows = [f"{self.question} {self.title}: {self.points} of {self.out_of} points"]
         for line in self.lines:
             rows.append(
@@ -360,6 +388,8 @@ def case_size(case: dict[str, Any]) -> int:
 
 def grade(question: Question, function: Any, seed: int | str | None = None) -> Outcome:
     """Run a question's invariants on an answer. The same seed draws the same cases."""
+    if question.lacking:
+        return ungraded(question, "", attempted=False)
     if not callable(function):
         missing = "is missing: run the cell that defines it"
         if function is not None:
@@ -370,7 +400,7 @@ def grade(question: Question, function: Any, seed: int | str | None = None) -> O
     lines: list[Line] = []
     for number, invariant in enumerate(question.invariants):
         try:
-            invariant.test(answer, rng)
+            note = invariant.test(answer, rng)
         except PackageAnswer as used:
             return ungraded(
                 question,
@@ -390,7 +420,8 @@ def grade(question: Question, function: Any, seed: int | str | None = None) -> O
             text = f"what your code returned cannot be compared: {type(error).__name__}: {str(error)[:LONGEST]}"
             lines.append(Line(invariant.name, FAILED, invariant.points, text))
         else:
-            lines.append(Line(invariant.name, PASSED, invariant.points))
+            detail = note if isinstance(note, str) else ""
+            lines.append(Line(invariant.name, PASSED, invariant.points, detail))
         if number == 0 and lines[0].status == FAILED:
             lines += [
                 Line(i.name, NOT_REACHED, i.points) for i in question.invariants[1:]
@@ -400,6 +431,10 @@ def grade(question: Question, function: Any, seed: int | str | None = None) -> O
 
 
 def ungraded(question: Question, detail: str, attempted: bool = True) -> Outcome:
+    """No points, and why; out of no points where the question cannot be checked here."""
+    if question.lacking:
+        line = Line(question.title, LEFT_OUT, 0, question.lacking)
+        return Outcome(question.id, question.answer, 0, (line,), attempted=False)
     first, *rest = question.invariants
     lines = [Line(first.name, FAILED, first.points, detail)]
     lines += [Line(i.name, NOT_REACHED, i.points) for i in rest]

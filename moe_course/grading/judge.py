@@ -155,7 +155,7 @@ def nothing_graded(
     verdicts = [
         Verdict(
             q.id, q.answer, 0,
-            q.points + sum(i.points for i in (private or {}).get(q.id, ())),
+            0 if q.lacking else q.points + sum(i.points for i in (private or {}).get(q.id, ())),
             status, reason, 0.0,
         )
         for q in load_exercise(number).questions

@@ -108,16 +108,22 @@ def summary(number: str, outcomes: list[Outcome]) -> str:
     """A table of points, the total, and what comes next."""
     exercise = load_exercise(number)
     rows = [
-        f"  {o.points:>3} of {o.out_of:>2}  {o.question} {o.title}" for o in outcomes
+        f"  {o.points:>3} of {o.out_of:>2}  {o.question} {o.title}"
+        if not o.left_out
+        else f"         –  {o.question} {o.title} (left out)"
+        for o in outcomes
     ]
     points = sum(o.points for o in outcomes)
+    out_of = sum(o.out_of for o in outcomes)
+    reasons = {o.lines[0].detail for o in outcomes if o.left_out}
     unfinished = next((o for o in outcomes if not o.full), None)
     following = (
         f"{unfinished.question} {unfinished.title}"
         if unfinished
         else exercise.next_step
     )
-    rows += [f"  {points:>3} of {exercise.points:>2}  in all", f"Next: {following}"]
+    rows += [f"  {points:>3} of {out_of:>2}  in all", f"Next: {following}"]
+    rows += [f"Left out: {reason}" for reason in sorted(reasons)]
     return "\n".join(rows)
 
 

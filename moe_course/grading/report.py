@@ -10,10 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from html import escape
 
-from moe_course.grading.core import Exercise
+from moe_course.grading.core import FAILED, MARKS, NOT_REACHED, Exercise
 from moe_course.grading.judge import GRADED, UNREADABLE, Result, Verdict
-
-MARKS = {"passed": "✓", "failed": "✗", "not reached": "–"}
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #00704a; --bad: #b3261e; --mixed: #8a5a00; --bar: #0072b2; }
@@ -85,7 +83,7 @@ def _question(verdict: Verdict) -> str:
     for line in verdict.lines:
         status = str(line["status"])
         rows.append(
-            f'<div class="{"passed" if status == "passed" else "failed"}">{MARKS.get(status, "")} '
+            f'<div class="{"failed" if status in (FAILED, NOT_REACHED) else "passed"}">{MARKS.get(status, "")} '
             f"{escape(str(line['name']))}{' (not reached)' if status == 'not reached' else ''}</div>"
         )
         if line["detail"]:

@@ -23,11 +23,9 @@ from moe_course.grading import wire
 
 NOBODY = 65_534
 HERE = Path(__file__).parent
-INSIDE = (
-    "calls.py",
-    "wire.py",
-    "worker.py",
-)  # all that a submission can see of this package
+# All that a submission can see of this package.
+INSIDE = [HERE / name for name in ("calls.py", "interpreter.py", "wire.py", "worker.py")]  # fmt: skip
+INSIDE += [HERE.parent / "kernels" / "trace.py"]
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,14 @@ def command(limits: Limits, user: int | None = None) -> list[str]:
     ]
     for folder in ("/judge", "/judge/moe_judge"):
         arguments += ["--perms", "0755", "--dir", folder]
-    for name in INSIDE:
-        arguments += ["--ro-bind", str(HERE / name), f"/judge/moe_judge/{name}"]
+    for path in INSIDE:
+        arguments += ["--ro-bind", str(path), f"/judge/moe_judge/{path.name}"]
     arguments += ["--remount-ro", "/", "--chdir", "/tmp", "--hostname", "sandbox"]
     settings = {
         "PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONPATH": "/judge",
         "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1",
-        "MPLBACKEND": "agg",
+        "MPLBACKEND": "agg", "TRITON_INTERPRET": "1",
     }  # fmt: skip
     for name, value in settings.items():
         arguments += ["--setenv", name, value]
@@ -163,6 +161,7 @@ class Sandbox:
         if unsafe:
             self._files = _judge_folder()
             environment = {**os.environ, "PYTHONPATH": self._files.name}
+            environment["TRITON_INTERPRET"] = "1"
         self.process = subprocess.Popen(
             unsafe_command() if unsafe else command(limits, user),
             stdin=subprocess.PIPE,
@@ -319,8 +318,8 @@ def _judge_folder() -> Any:
     folder = TemporaryDirectory(prefix="moe-judge-")
     package = Path(folder.name, "moe_judge")
     package.mkdir()
-    for name in INSIDE:
-        shutil.copy(HERE / name, package / name)
+    for path in INSIDE:
+        shutil.copy(path, package / path.name)
     return folder
 
 

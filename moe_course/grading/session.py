@@ -7,13 +7,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from moe_course.grading import wire
-from moe_course.grading.calls import differentiable, tensors
+from moe_course.grading.calls import Kernels, differentiable, tensors
 from moe_course.grading.core import Failure, RemoteError
 from moe_course.grading.sandbox import Limits, Sandbox, WorkerGoneError
 
@@ -35,6 +35,10 @@ class Remote:
     def cost(self, **kwargs: Any) -> tuple[int, int]:
         """Entries of the largest tensor that a call makes and FLOPs of its products, as the worker saw them."""
         return self.session.measure(self.target, kwargs)
+
+    def watch(self, case: dict[str, Any], apart: dict[str, int]) -> tuple[Any, Kernels]:
+        """The result of a call, and what its kernels did, as the worker saw it."""
+        return self.session.watch(self.target, case, apart)
 
     def __deepcopy__(self, memo: object) -> Remote:
         return self
@@ -235,6 +239,17 @@ class Session:
             raise self._gone(NONSENSE)
         return cost[0], cost[1]
 
+    def watch(
+        self, target: str | int, case: dict[str, Any], apart: dict[str, int]
+    ) -> tuple[Any, Kernels]:
+        about = {"watch": apart}
+        both = self._value(target, (), case, [], False, about)[0]
+        try:
+            result, account = both
+            return result, Kernels.of(account)
+        except (TypeError, ValueError) as error:
+            raise self._gone(NONSENSE) from error
+
     def call(
         self,
         target: str | int,
@@ -295,9 +310,10 @@ class Session:
         kwargs: Any,
         held: list[RemoteModule],
         gradients: bool,
+        about: Mapping[str, Any] | None = None,
     ) -> tuple[Any, list[Any], Any]:
         message, blobs = self._message(target, args, kwargs, held, gradients)
-        reply, raw = self.ask(message, blobs)
+        reply, raw = self.ask(message | dict(about or {}), blobs)
         self._raise(reply)
         needing: list[Any] = []
         try:

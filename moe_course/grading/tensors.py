@@ -13,7 +13,8 @@ from torch import Tensor
 from moe_course.grading import calls
 from moe_course.grading.core import Answer, Failure, describe, shown
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}  # relative to the largest entry
+# Relative to the largest entry.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-3}
 
 
 def generator(rng: Random) -> torch.Generator:
@@ -105,3 +106,100 @@ def cost(function: Callable[..., Any], **case: Any) -> tuple[int, int]:
         largest, flops = elsewhere(**case)
         return int(largest), int(flops)
     return calls.cost(lambda: function(**case))[1:]
+
+
+# --- Triton kernels ------------------------------------------------------------------
+
+MOST_LAUNCHES = 8
+LEAST_DOT = 16  # the interpreter takes any size, a GPU's tensor cores do not
+
+
+def watch(
+    answer: Answer, case: dict[str, Any], apart: dict[str, int] | None = None
+) -> tuple[Any, calls.Kernels]:
+    """An answer's result and what its kernels did, wherever it runs.
+
+    apart: arguments that are laid out with this stride of their first dimension.
+    """
+    from moe_course.kernels.trace import trace
+
+    account: Any = None
+
+    def measured(**given: Any) -> Any:
+        nonlocal account
+        elsewhere = getattr(answer.function, "watch", None)
+        if elsewhere is not None:
+            result, account = elsewhere(given, apart or {})
+            return result
+        result, plain = calls.watch(answer.function, given, apart or {}, trace)
+        account = calls.Kernels.of(plain)
+        return result
+
+    inner = Answer(measured, answer.allowed)
+    try:
+        return inner(**case), account
+    finally:
+        answer.calls += inner.calls
+        answer.empty += inner.empty
+
+
+def expect_kernel(
+    answer: Answer,
+    case: dict[str, Any],
+    want: Tensor,
+    reads: dict[str, int],
+    apart: dict[str, int] | None = None,
+) -> calls.Kernels:
+    """The answer equals `want`, kernels have computed it, and they are ones that a GPU would run as well.
+
+    reads: how many elements of an argument must be loaded at least, by all programs together.
+    """
+    got, account = watch(answer, case, apart)
+    what = describe(**case)
+
+    def fail(text: str) -> Failure:
+        return Failure(f"{what}:\n    {text}", hint=False)
+
+    if got is not None and want.numel() and not account.launches:
+        raise fail("no kernel ran: launch it with kernel[grid](...)")
+    if len(account.launches) > MOST_LAUNCHES:
+        raise fail(f"{len(account.launches)} launches; one is enough")
+    if account.changed:
+        raise fail(f"a program stores into the argument {account.changed[0]!r}")
+    if account.atomics:
+        raise fail(
+            f"{account.atomics} atomic operations: the order of their additions differs from run to run; "
+            "let one program own each output"
+        )
+    for dot in account.dots:
+        if min(dot) < LEAST_DOT:
+            raise fail(
+                f"tl.dot of [{dot[0]}, {dot[2]}] and [{dot[2]}, {dot[1]}]: no side may be below {LEAST_DOT} on a GPU"
+            )
+    if account.races:
+        raise fail(f"{account.races[0]}: on a GPU either may come first")
+    if account.unwritten:
+        raise fail(
+            f"{account.unwritten[0]}: a kernel may load the arguments and what kernels have stored"
+        )
+    try:
+        compare(got, want, what)
+    except Failure as failure:
+        made = type(got) is Tensor and got.is_floating_point()
+        if made and bool(got.isnan().any()) and not bool(want.isnan().any()):
+            text = (
+                f"{failure}\n    NaN is what a lane holds that a mask leaves out without other=, "
+                "and an argument while no kernel runs"
+            )
+            raise Failure(text, hint=False) from None
+        raise
+    stored = account.stored
+    if stored is None or stored.shape != want.shape or not bool(stored.all()):
+        raise fail("not every entry of the result was stored by a program of a kernel")
+    for name, least in reads.items():
+        if account.read.get(name, 0) < least:
+            raise fail(
+                f"the programs have loaded {account.read.get(name, 0):,} of the {least:,} entries of {name} that the "
+                "result depends on"
+            )
+    return account

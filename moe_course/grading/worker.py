@@ -1,4 +1,4 @@
-"""The process that runs a submission, inside the sandbox. It needs Python, torch, `wire` and `calls`, and nothing
+"""The process that runs a submission, inside the sandbox. It needs Python, torch and the files beside it, and nothing
 of the judge.
 
 It executes the cells that it is sent, calls the functions that they define, and answers over two pipes. Nothing that it
@@ -17,7 +17,7 @@ import traceback
 import types
 from typing import Any
 
-# The sandbox binds this file and those two into a folder of this name.
+# The sandbox binds this file and those beside it into a folder of this name.
 from moe_judge import calls, wire  # type: ignore[import-not-found]
 
 TEXT = 300  # characters of an error's message
@@ -104,6 +104,11 @@ class Worker:
             ):
                 if message.get("measure"):
                     result, *cost = calls.cost(lambda: function(*args, **kwargs))
+                elif "watch" in message:
+                    from moe_judge import trace
+
+                    apart = message["watch"]
+                    result = calls.watch(function, kwargs, apart, trace.trace)
                 else:
                     result = function(*args, **kwargs)
             # What it holds may have changed: read back before anything else is said.
@@ -272,6 +277,13 @@ def describe(error: BaseException) -> list[str]:
     return [type(error).__name__[:100], text, line]
 
 
+class _Triton(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        from moe_judge import interpreter
+
+        return getattr(interpreter, name)
+
+
 def _course(names: dict[str, Any]) -> dict[str, Any]:
     """A moe_course that has nothing but the calls of an exercise notebook, which do nothing here."""
     course, grading = (
@@ -283,6 +295,8 @@ def _course(names: dict[str, Any]) -> dict[str, Any]:
     for name in ("check", "total", "solution"):
         setattr(grading, name, lambda *args, **kwargs: True)
     sys.modules["moe_course"], sys.modules["moe_course.grading"] = course, grading
+    # Triton is imported by those who use it.
+    sys.modules["moe_course.grading.interpreter"] = _Triton("interpreter")
     names["get_ipython"] = lambda: None
     names["display"] = lambda *args, **kwargs: None
     names["__name__"] = "__main__"
