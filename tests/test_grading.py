@@ -11,7 +11,7 @@ from typing import NamedTuple
 import nbformat
 import pytest
 
-from moe_course.grading import core, notebook
+from moe_course.grading import calls, core, notebook
 from moe_course.grading.core import (
     Answer,
     Failure,
@@ -24,6 +24,16 @@ from moe_course.grading.core import (
 from moe_course.grading.derive import with_solution
 
 SEEDS = range(12)
+
+
+def seeds(question):
+    """Kernels take seconds under the interpreter."""
+    return range(3) if question.needs else SEEDS
+
+
+def checkable(number):
+    """The questions that this machine can check."""
+    return [q for q in load_exercise(number).questions if not q.lacking]
 
 
 def filed(root, number):
@@ -46,17 +56,17 @@ def test_every_question_has_its_answers_on_file(root, number):
 
 @pytest.mark.parametrize("number", exercise_numbers())
 def test_wrong_answers_fail_at_the_named_invariant(root, number):
-    for question_id, wrong in filed(root, number).WRONG.items():
-        question = load_exercise(number).question(question_id)
-        for what, answer, name in wrong:
-            for seed in SEEDS:
+    answers = filed(root, number).WRONG
+    for question in checkable(number):
+        for what, answer, name in answers[question.id]:
+            for seed in seeds(question):
                 outcome = grade(question, answer, seed)
                 failed = [
                     line.name for line in outcome.lines if line.status == core.FAILED
                 ]
-                assert failed, f"{question_id}, {what}: passes with seed {seed}"
+                assert failed, f"{question.id}, {what}: passes with seed {seed}"
                 assert failed[0] == name, (
-                    f"{question_id}, {what}: fails at {failed[0]!r}"
+                    f"{question.id}, {what}: fails at {failed[0]!r}"
                 )
                 assert outcome.points < question.points
 
@@ -64,22 +74,29 @@ def test_wrong_answers_fail_at_the_named_invariant(root, number):
 @pytest.mark.parametrize("number", exercise_numbers())
 def test_package_functions_earn_nothing(root, number):
     answers = filed(root, number)
-    for question_id, wrong in answers.WRONG.items():
+    for question in checkable(number):
+        wrong = answers.WRONG[question.id]
         (answer,) = [a for what, a, _ in wrong if what == answers.PACKAGE]
-        outcome = grade(load_exercise(number).question(question_id), answer, 0)
+        outcome = grade(question, answer, 0)
         assert outcome.points == 0
-        assert "calls the package" in outcome.lines[0].detail, question_id
+        assert "calls the package" in outcome.lines[0].detail, question.id
 
 
 @pytest.mark.parametrize("number", exercise_numbers())
 def test_right_answers_pass(root, number):
-    for question_id, right in filed(root, number).RIGHT.items():
-        for answer in right:
-            for seed in SEEDS:
-                outcome = grade(
-                    load_exercise(number).question(question_id), answer, seed
-                )
-                assert outcome.full, f"{question_id}: {outcome.text()}"
+    answers = filed(root, number).RIGHT
+    for question in checkable(number):
+        for answer in answers[question.id]:
+            for seed in seeds(question):
+                outcome = grade(question, answer, seed)
+                assert outcome.full, f"{question.id}: {outcome.text()}"
+
+
+@pytest.mark.parametrize("number", exercise_numbers())
+def test_every_question_can_be_checked_here(number):
+    for question in load_exercise(number).questions:
+        if question.lacking:
+            pytest.skip(f"{question.id}: {question.lacking}")
 
 
 def names_of(path):
@@ -100,10 +117,8 @@ def worked_names(root, number):
 @pytest.mark.parametrize("number", exercise_numbers())
 def test_solution_scores_full_and_stub_nothing(root, number):
     exercise = load_exercise(number)
-    assert (
-        sum(o.points for o in notebook.grade_all(number, worked_names(root, number), 0))
-        == exercise.points
-    )
+    outcomes = notebook.grade_all(number, worked_names(root, number), 0)
+    assert sum(o.points for o in outcomes) == sum(q.points for q in checkable(number))
     stubs = names_of(root / "exercises" / f"{exercise.stem}.ipynb")
     outcomes = notebook.grade_all(number, stubs, 0)
     assert [o.points for o in outcomes] == [0] * len(outcomes)
@@ -111,7 +126,8 @@ def test_solution_scores_full_and_stub_nothing(root, number):
 
 
 @pytest.mark.parametrize(
-    ("number", "points", "most"), [("01", 20, 7), ("02", 25, 8), ("03", 25, 8)]
+    ("number", "points", "most"),
+    [("01", 20, 7), ("02", 25, 8), ("03", 25, 8), ("05", 25, 6)],
 )
 def test_exercises_are_as_announced(number, points, most):
     exercise = load_exercise(number)
@@ -424,3 +440,82 @@ def test_a_mistake_that_others_have_shipped_is_named(root, slip, says):
     for seed in SEEDS:
         outcome = grade(question, functools.partial(switch, **{slip: True}), seed)
         assert says in outcome.lines[0].detail, outcome.text()
+
+
+def test_where_triton_is_missing_its_questions_are_left_out(root, monkeypatch, capsys):
+    names = worked_names(root, "05")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(notebook, "_notebook_names", lambda: names)
+    exercise = load_exercise("05")
+    kernels = [q for q in exercise.questions if q.needs]
+    assert [q.id for q in kernels] == ["05.4", "05.5", "05.6"]
+    for question in exercise.questions:
+        outcome = grade(question, names[question.answer], 0)
+        assert outcome.full
+        assert (outcome.points, outcome.out_of) == (
+            (0, 0) if question.needs else (question.points, question.points)
+        )
+    # Neither missing answers nor wrong ones change that.
+    for answer in (None, lambda h: 3):
+        assert grade(kernels[0], answer).out_of == 0
+    notebook.check("05.4", names["swiglu"])
+    said = capsys.readouterr().out
+    assert said.startswith("05.4 swiglu: Triton is not installed here")
+    assert len(said.splitlines()) == 1
+    assert notebook.total("05") is True
+    said = capsys.readouterr().out
+    assert "10 of 10  in all" in said
+    assert said.count("Triton is not installed") == 1
+    names["tile_map"] = lambda offsets, block: offsets
+    assert notebook.total("05") is False
+    assert "6 of 10  in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["solutions", "exercises"])
+def test_the_kernel_notebook_runs_without_triton(root, kind):
+    code = f"""
+import sys
+sys.modules["triton"] = None
+import json
+for cell in json.load(open({str(root / kind / "05_kernels.ipynb")!r}))["cells"]:
+    if cell["cell_type"] == "code":
+        exec("".join(cell["source"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the questions that need it are left out" in done.stdout
+    points = 10 if kind == "solutions" else 0
+    assert f"{points} of 10  in all" in done.stdout.replace("   0", "0")
+
+
+def test_a_text_that_a_check_returns_is_shown_where_it_passes():
+    def test(answer, rng):
+        answer(n=1)
+        return "3 programs"
+
+    outcome = grade(one_question(test), lambda n: n)
+    assert outcome.full
+    assert "  ✓ first\n      3 programs" in outcome.text()
+
+
+def test_where_memory_is_refused_the_far_experts_are_said_to_be_unchecked(
+    root, monkeypatch
+):
+    question = load_exercise("05").question("05.5")
+    if question.lacking:
+        pytest.skip(question.lacking)
+
+    def refused(tensor, stride):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(calls, "spread", refused)
+    outcome = grade(question, worked_names(root, "05")["grouped_gemm"], 0)
+    assert outcome.full
+    assert "not checked: offsets past 2^31" in outcome.text()
