@@ -29,6 +29,9 @@ from typing import Any
 
 from moe_course import records
 
+if "--dry-run" in sys.argv:  # before anything imports the kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+
 Row = dict[str, Any]
 HERE = Path(__file__).parent
 RECORDS = Path("book/data/records")
@@ -60,9 +63,7 @@ class Worker:
         return self.process
 
     @staticmethod
-    def _read(
-        process: subprocess.Popen[str], lines: queue.Queue[str | None]
-    ) -> None:
+    def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             lines.put(line)
@@ -195,29 +196,23 @@ def arguments(description: str | None, budget: int) -> argparse.ArgumentParser:
 
 
 def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parsed; a dry run interprets, and without it there must be a GPU."""
+    """Parsed; without --dry-run there must be a GPU."""
     options = parser.parse_args()
-    if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
-        if options.records and options.records.resolve() == RECORDS.resolve():
-            parser.error("a dry run does not write among the book's records")
-    return options
-
-
-def require_gpu() -> None:
     import torch
 
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+    if options.dry_run:
+        if options.records and options.records.resolve() == RECORDS.resolve():
+            parser.error("a dry run does not write among the book's records")
+    elif not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         sys.exit(
             "no NVIDIA GPU of compute capability 8.0 or newer here: nothing was run (--dry-run needs none)"
         )
+    return options
 
 
 def main() -> None:
     parser = arguments(__doc__, budget=450)
     options = options_of(parser)
-    if not options.dry_run:
-        require_gpu()
     begin = time.monotonic()
     shared = ["--dry-run"] if options.dry_run else []
     if options.records:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_course.kernels import INTERPRETED
-from moe_course.layers.experts import ACTIVATIONS, GATED
+from moe_course.layers.experts import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,3 @@ SYNCHRONISES = {"liger"}
 def plain(layer: Layer) -> Layer:
     """The same sizes with plain SwiGLU and no biases, for peers that know nothing else."""
     return replace(layer, activation="swiglu", b_up=None, b_down=None)
-
-
-def gated(activation: str) -> bool:
-    return activation in GATED
