@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_suite.py [--records DIR] [--budget 450] [--dry-run]
 
-Runs kernels_correct.py, then moe_kernels.py, within one budget of seconds, while the kernels of the benchmark are compiled
-beside the proof, on the CPU's other cores. Fails if a check failed; the benchmark runs all the same.
+Runs kernels_correct.py, then moe_kernels.py, within one budget of seconds, while the kernels of the benchmark are
+compiled beside the proof, on the CPU's other cores. Fails if a check failed; the benchmark runs all the same.
 
-Below are the pieces that both programs share: a worker process that may die or hang without taking the suite with it, and
-compilation ahead of the first launch.
+Below are the pieces that both programs share: a worker process that may die or hang without taking the suite with it,
+and compilation ahead of the first launch.
 """
 
 from __future__ import annotations

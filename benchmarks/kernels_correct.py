@@ -2,12 +2,12 @@
 
     python benchmarks/kernels_correct.py [--records DIR] [--budget 150] [--dry-run]
 
-Every check is a row: what was compared, its error, what was allowed. Exit code 1 if one failed; checks that were not run
-are listed with the reason. `make gpu` runs this before it times anything.
+Every check is a row: what was compared, its error, what was allowed. Exit code 1 if one failed; checks that were not
+run are listed with the reason. `make gpu` runs this before it times anything.
 
-Errors are ‖out − ref‖ / ‖ref‖ (Frobenius) against `oracle`, which computes every expert in float64. In 16 bits each must
-also stay within 1.5 times that of a pipeline of torch's grouped products on the same tensors. Float32 products are made of
-three tf32 ones on a GPU, so that float32 has a tolerance of its own, 1e-5, and 2e-5 for gradients.
+Errors are ‖out − ref‖ / ‖ref‖ (Frobenius) against `oracle`, which computes every expert in float64. In 16 bits each
+must also stay within 1.5 times that of a pipeline of torch's grouped products on the same tensors. Float32 products are
+made of three tf32 ones on a GPU, so that float32 has a tolerance of its own, 1e-5, and 2e-5 for gradients.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Case:
 QWEN3 = {"D": 2048, "F": 768, "K": 8}
 DECODE = Case(T=1, E=128, **QWEN3)
 DEEPSEEK = Case(T=64, D=7168, F=2048, E=256, K=8)
-EVERY = [(a, b) for a in ("swiglu", "clamped_swiglu", "gelu", "relu") for b in (False, True)]  # fmt: skip
+EVERY = [
+    (a, b) for a in ("swiglu", "clamped_swiglu", "gelu", "relu") for b in (False, True)
+]
 
 
 def cases(dry: bool) -> list[Case]:
@@ -96,7 +98,10 @@ def cases(dry: bool) -> list[Case]:
     found = [*real, replace(plain, dtype="float32"), replace(plain, dtype="float16")]
     found += [replace(case, pointers=True) for case in (*real[:2], plain, large)]
     found += [replace(plain, activation=a, bias=b) for a, b in EVERY]
-    edges = [replace(plain, routing=r) for r in ("idle", "one", "skip", "skip all", "duplicate", "zipf")]  # fmt: skip
+    edges = [
+        replace(plain, routing=r)
+        for r in ("idle", "one", "skip", "skip all", "duplicate", "zipf")
+    ]
     edges += [replace(plain, T=t) for t in (0, 1, 7)]
     edges += [replace(plain, apart=a) for a in ("rows", "columns")]
     edges += [replace(plain, gates="bfloat16")]
@@ -110,9 +115,17 @@ def cases(dry: bool) -> list[Case]:
     found += edges + ragged
     found += [replace(large, activation=a, bias=True) for a, _ in EVERY[::2]]
     for dtype in ("float32", "float16"):
-        found += [replace(plain, dtype=dtype, activation=a, bias=True) for a, _ in EVERY[::2]]  # fmt: skip
-    found += [replace(plain, activation=a, bias=True, pointers=True) for a, _ in EVERY[::2]]  # fmt: skip
-    return [*found, replace(large, dtype="float32"), replace(ragged[0], dtype="float16")]  # fmt: skip
+        found += [
+            replace(plain, dtype=dtype, activation=a, bias=True) for a, _ in EVERY[::2]
+        ]
+    found += [
+        replace(plain, activation=a, bias=True, pointers=True) for a, _ in EVERY[::2]
+    ]
+    return [
+        *found,
+        replace(large, dtype="float32"),
+        replace(ragged[0], dtype="float16"),
+    ]
 
 
 # ---- Inputs, and what is right ----------------------------------------------------------------------------------
@@ -184,7 +197,9 @@ def oracle(
     gradients = [[] for _ in stacks]
     for e in range(count) if experts is None else experts:
         leaves = [x.clone().requires_grad_()]
-        leaves += [s[e].detach().double().requires_grad_() for s in stacks if s is not None]  # fmt: skip
+        leaves += [
+            s[e].detach().double().requires_grad_() for s in stacks if s is not None
+        ]
         tokens, w_up, w_down = leaves[:3]
         z = tokens @ w_up.T
         if layer.b_up is not None:
@@ -245,7 +260,10 @@ def poisoned() -> Iterator[None]:
 def dirty_the_allocator() -> None:
     """Leave NaN in the memory that the caching allocator will hand out next, in blocks small and large."""
     if DEVICE == "cuda":
-        held = [torch.full((n,), float("nan"), device="cuda") for n in [64] * 64 + [2**16] * 32 + [2**24] * 16]  # fmt: skip
+        held = [
+            torch.full((n,), float("nan"), device="cuda")
+            for n in [64] * 64 + [2**16] * 32 + [2**24] * 16
+        ]
         del held
 
 
@@ -296,7 +314,9 @@ def accuracy(case: Case, seed: int) -> Row:
     errors["y without gradients"] = error(alone, y)
     theirs = {}
     if others is not None:
-        theirs = {n: error(o, r) for n, o, r in zip(names, others, expected, strict=True)}  # fmt: skip
+        theirs = {
+            n: error(o, r) for n, o, r in zip(names, others, expected, strict=True)
+        }
         theirs["y without gradients"] = theirs["y"]
     wrong = []
     for name, value in errors.items():
@@ -336,9 +356,20 @@ def same_bits(case: Case, seed: int) -> Row:
         found += with_gradients(ours, layer, dy)
         first = first or found
         names = ("y without gradients", "y", *NAMES)
-        different |= {n for n, a, b in zip(names, first, found, strict=False) if not torch.equal(a, b)}  # fmt: skip
-    detail = f"{runs} runs" + (": differs in " + ", ".join(sorted(different)) if different else "")  # fmt: skip
-    return {"check": "same bits", "case": str(case), "ok": not different, "detail": detail}  # fmt: skip
+        different |= {
+            n
+            for n, a, b in zip(names, first, found, strict=False)
+            if not torch.equal(a, b)
+        }
+    detail = f"{runs} runs" + (
+        ": differs in " + ", ".join(sorted(different)) if different else ""
+    )
+    return {
+        "check": "same bits",
+        "case": str(case),
+        "ok": not different,
+        "detail": detail,
+    }
 
 
 def graph(case: Case, gradients: bool, seed: int) -> Row:
@@ -376,7 +407,9 @@ def graph(case: Case, gradients: bool, seed: int) -> Row:
 def past_32_bits(case: Case, seed: int) -> list[Row]:
     """E·2F·D > 2^31 elements: a few tokens, on the last experts of the stack among others."""
     layer = make(case, seed)
-    chosen = torch.tensor([0, case.E // 2, *range(case.E - 14, case.E)], device=layer.ids.device)  # fmt: skip
+    chosen = torch.tensor(
+        [0, case.E // 2, *range(case.E - 14, case.E)], device=layer.ids.device
+    )
     pick = torch.rand(case.T, len(chosen), device=layer.ids.device).topk(case.K).indices
     layer = replace(layer, ids=chosen[pick].int())
     dy = torch.randn_like(layer.x)
@@ -395,7 +428,9 @@ def past_32_bits(case: Case, seed: int) -> list[Row]:
             "w_up": error(dw_up[chosen], rdw_up), "w_down": error(dw_down[chosen], rdw_down),
         }  # fmt: skip
         idle = dw_up[1 : case.E // 2].count_nonzero().item()
-        bars = {n: (FORWARD if n.startswith("y") else GRADIENT)[case.dtype] for n in errors}  # fmt: skip
+        bars = {
+            n: (FORWARD if n.startswith("y") else GRADIENT)[case.dtype] for n in errors
+        }
         wrong = [f"{n}: {v:.1e}" for n, v in errors.items() if v > bars[n]]
         wrong += [f"{idle} gradients of idle experts are not 0"] * bool(idle)
         rows.append(
@@ -417,7 +452,9 @@ def saved_bytes(case: Case, seed: int) -> Row:
     """What the forward pass keeps for the backward pass: its allocations, or torch's hooks where there is no GPU."""
     layer = make(case, seed)
     leaves = [leaf.detach().requires_grad_() for leaf in layer.leaves()]
-    grown = replace(layer, x=leaves[0], w_up=leaves[1], w_down=leaves[2], weights=leaves[3])  # fmt: skip
+    grown = replace(
+        layer, x=leaves[0], w_up=leaves[1], w_down=leaves[2], weights=leaves[3]
+    )
     inputs = {t.untyped_storage().data_ptr() for t in leaves[1:]}
     kept: dict[int, int] = {}
 
@@ -452,13 +489,17 @@ def saved_bytes(case: Case, seed: int) -> Row:
     }
 
 
-SANITIZED = [Case(T=37, D=72, F=40, E=5), Case(T=37, D=72, F=40, E=5, pointers=True, bias=True), Case(T=2, D=72, F=40, E=16)]  # fmt: skip
+SANITIZED = [
+    Case(T=37, D=72, F=40, E=5),
+    Case(T=37, D=72, F=40, E=5, pointers=True, bias=True),
+    Case(T=2, D=72, F=40, E=16),
+]
 
 
 def small_runs(plant_a_fault: bool) -> None:
     """What compute-sanitizer watches: forward and backward of small layers; or a kernel that writes out of bounds."""
     if plant_a_fault:
-            rows = torch.ones(4, 64, device="cuda")
+        rows = torch.ones(4, 64, device="cuda")
         far = torch.full((4,), 2**28, device="cuda", dtype=torch.int32)
         gemm.combine(rows, far, None, 4, 1)
         torch.cuda.synchronize()
@@ -477,7 +518,9 @@ class Sanitizer:
 
     def __init__(self, dry: bool) -> None:
         self.why = "not run: no GPU" if dry else ""
-        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"  # fmt: skip
+        tool = (
+            shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        )
         if not dry and not os.path.exists(tool):
             self.why = "not run: compute-sanitizer is not installed"
         self.runs: dict[str, subprocess.Popen[str]] = {}
@@ -504,7 +547,9 @@ class Sanitizer:
         except subprocess.TimeoutExpired:
             run.kill()
             return None, "not run: no end in time"
-        summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)  # fmt: skip
+        summary = re.search(
+            r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output
+        )
         if summary is None:
             return None, f"not run: no report ({' '.join(output.split()[-25:])})"
         count = int(summary[1] or summary[2])
@@ -520,7 +565,12 @@ class Sanitizer:
             if planted == 0:
                 why = "not run: compute-sanitizer does not see a planted fault here"
         for tool in ("memcheck", "racecheck"):
-            row: Row = {"check": tool, "case": "small layers", "ok": None, "detail": why}  # fmt: skip
+            row: Row = {
+                "check": tool,
+                "case": "small layers",
+                "ok": None,
+                "detail": why,
+            }
             if planted:
                 count, row["detail"] = self._summary(tool, deadline - time.monotonic())
                 row["ok"] = None if count is None else count == 0
@@ -537,7 +587,12 @@ def tasks(dry: bool, seed: int) -> dict[str, Callable[[], list[Row]]]:
     def one(check: Callable[..., Row], *arguments: object) -> Callable[[], list[Row]]:
         return lambda: [check(*arguments, seed)]
 
-    everything = [Case(T=1024, E=128, **QWEN3), Case(T=1024, E=16, **QWEN3), Case(T=300, bias=True), DECODE]  # fmt: skip
+    everything = [
+        Case(T=1024, E=128, **QWEN3),
+        Case(T=1024, E=16, **QWEN3),
+        Case(T=300, bias=True),
+        DECODE,
+    ]
     captured = [(everything[3], False), (everything[0], False), (everything[0], True)]
     if dry:
         everything = [Case(T=21, D=40, F=24, E=3, dtype="float32")]
@@ -615,13 +670,24 @@ def report(rows: list[Row], seconds: float) -> None:
     """The table, then every failure and what was not run."""
     words = {True: "ok", False: "FAILED", None: "not run"}
     shown = [row | {"ok": words[row["ok"]]} for row in rows]
-    columns = {"ok": "<7", "check": "<12", "forward_error": "9.1e", "gradient_error": "9.1e", "case": "<70", "detail": "<40"}  # fmt: skip
+    columns = {
+        "ok": "<7",
+        "check": "<12",
+        "forward_error": "9.1e",
+        "gradient_error": "9.1e",
+        "case": "<70",
+        "detail": "<40",
+    }
     gpu_suite.table(shown, columns)
     for state in (None, False):
         for row in rows:
             if row["ok"] is state:
-                print(f"{words[state].upper()}: {row['check']} {row['case']}: {row['detail']}")  # fmt: skip
-    counts = {word: sum(row["ok"] is state for row in rows) for state, word in words.items()}  # fmt: skip
+                print(
+                    f"{words[state].upper()}: {row['check']} {row['case']}: {row['detail']}"
+                )
+    counts = {
+        word: sum(row["ok"] is state for row in rows) for state, word in words.items()
+    }
     print(f"correctness: {counts} in {seconds:.0f} s", flush=True)
     sys.exit(1 if counts["FAILED"] else 0)
 

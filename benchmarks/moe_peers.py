@@ -1,7 +1,7 @@
 """One MoE layer, computed by others: what the kernels are compared with.
 
-Every peer gets the same tensors, contiguous and in one dtype; nothing is copied or converted inside the call. A peer that
-is not installed, or cannot do a layer, says why instead.
+Every peer gets the same tensors, contiguous and in one dtype; nothing is copied or converted inside the call. A peer
+that is not installed, or cannot do a layer, says why instead.
 """
 
 from __future__ import annotations
