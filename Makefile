@@ -10,7 +10,7 @@ PY := $(BIN)/python
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test test-all learn check exercises golden classroom pins clean
+.PHONY: help book serve test test-all learn check exercises golden classroom gpu pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -54,6 +54,11 @@ golden: .venv/.installed ## run the chapters again and store their golden output
 
 classroom: .venv/.installed ## export the course without solutions and filed answers: make classroom OUT=folder
 	@$(PY) -m moe_course.grading.classroom "$(OUT)"
+
+# On a GPU machine as it is: its own python3 (or PYTHON=...), nothing installed; peers count where they can be imported.
+gpu: GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
+gpu: ## prove and time the kernels on an NVIDIA GPU, in under 8 minutes: make gpu [RECORDS=folder] [PYTHON=...]
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) benchmarks/gpu_suite.py --records "$(or $(RECORDS),book/data/records)"
 
 pins: .venv/.installed ## do the pins resolve without this machine's pip configuration? (a dry run)
 	$(PY) -m pip --isolated $(PIP_ARGS) install --dry-run --ignore-installed --quiet -c constraints.txt ".[dev]"

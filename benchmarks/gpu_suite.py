@@ -136,11 +136,14 @@ def precompile(jobs: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
     """Compile in parallel, without the GPU, into Triton's cache on disk, where the launches find it."""
     begin = time.monotonic()
     # Importing the kernels then asks no GPU whether to interpret.
+    before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     processes = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         faults = [f for f in pool.imap_unordered(_compile, jobs) if f is not None]
     del os.environ["TRITON_INTERPRET"]
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before
     for fault in faults:
         print("not compiled ahead:", fault)
     seconds = time.monotonic() - begin
@@ -164,20 +167,20 @@ def save(name: str, command: str, rows: list[Row], folder: Path | None) -> None:
 
 
 def table(rows: list[Row], columns: dict[str, str]) -> None:
-    """Print rows: `columns` maps a key to its format, as in "8.1f" or "<20"."""
-    for number, row in enumerate(rows):
-        if number == 0:
-            widths = {k: f.lstrip("<").split(".")[0] for k, f in columns.items()}
-            print(*(f"{k[: int(w)]:{'<' if '<' in columns[k] else '>'}{w}}" for k, w in widths.items()))  # fmt: skip
+    """Print rows: `columns` maps a key to its width and, for numbers, its format, as in "<20" or "8.1f"."""
+    if not rows:
+        return
+    sides = {}
+    for key, form in columns.items():
+        width = form.strip("<").split(".")[0].rstrip("d")
+        sides[key] = ("<" if "<" in form else ">") + width
+    print(*(f"{key[: int(side[1:])]:{side}}" for key, side in sides.items()))
+    for row in rows:
         cells = []
         for key, form in columns.items():
             value = row.get(key)
-            if value is None or isinstance(value, str):
-                side = "<" if "<" in form else ">"
-                width = form.lstrip("<").split(".")[0]
-                cells.append(f"{'-' if value is None else value:{side}{width}}")
-            else:
-                cells.append(f"{value:{form}}")
+            text = "-" if value is None else value
+            cells.append(f"{text:{sides[key] if isinstance(text, str) else form}}")
         print(*cells)
 
 
@@ -198,16 +201,27 @@ def arguments(description: str | None, budget: int) -> argparse.ArgumentParser:
 def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parsed; without --dry-run there must be a GPU."""
     options = parser.parse_args()
-    import torch
-
     if options.dry_run:
         if options.records and options.records.resolve() == RECORDS.resolve():
             parser.error("a dry run does not write among the book's records")
-    elif not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return options
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         sys.exit(
             "no NVIDIA GPU of compute capability 8.0 or newer here: nothing was run (--dry-run needs none)"
         )
     return options
+
+
+def _failures(folder: Path | None) -> list[str]:
+    """What failed, once more at the end."""
+    path = (folder or Path()) / "kernels_gpu_correct.json"
+    if folder is None or not path.exists():
+        return ["see the checks above the benchmark"]
+    rows = records.load(path).rows
+    failed = [row for row in rows if row["ok"] is False]
+    return [f"{row['check']} {row['case']}: {row['detail']}" for row in failed]
 
 
 def main() -> None:
@@ -236,7 +250,7 @@ def main() -> None:
     left = options.budget - (time.monotonic() - begin)
     timed = subprocess.run(command("moe_kernels.py", "--budget", f"{left:.0f}"))
     if proof.returncode:
-        print("THE PROOF FAILED: see the checks above the benchmark")
+        print("THE PROOF FAILED:", *_failures(options.records), sep="\n  ")
     print(f"{time.monotonic() - begin:.0f} s in all")
     sys.exit(proof.returncode or timed.returncode)
 

@@ -3,15 +3,15 @@
     python benchmarks/moe_kernels.py [--records DIR] [--budget 300] [--only PATTERN] [--dry-run]
     python benchmarks/moe_kernels.py --tune qwen3-30b-a3b:8192 [...]
 
-A row is one layer, one number of tokens, one routing, one pass and one contender. Contenders take turns within each round,
-each from a cold L2 cache, and a row is the median over rounds; a ratio is the median over rounds of two times of the same
-round. Up to 128 tokens the layer is captured in a CUDA graph that runs several copies of the weights in turn, so that
-they come from memory. Every peer must first give our output.
+A row is one layer, one number of tokens, one routing, one pass and one contender. Contenders take turns within each
+round, each from a cold L2 cache, and a row is the median over rounds; a ratio is the median over rounds of two times of
+the same round. Up to 128 tokens the layer is captured in a CUDA graph that runs several copies of the weights in turn,
+so that they come from memory. Every peer must first give our output.
 
-The important rows come first, and what the budget does not reach is listed. `--tune` times tiles stage by stage instead.
+The important rows come first, and what the budget does not reach is listed. `--tune` times tiles, stage by stage.
 
-The floor of a row is max(FLOPs / matmul rate, bytes / copy rate), with both ceilings measured at the start. In elements,
-for N = T·K rows, H = 1 or 2 matrices in the up-projection (2 if gated) and the experts that some token chose,
+The floor of a row is max(FLOPs / matmul rate, bytes / copy rate), with both ceilings measured at the start. In
+elements, for N = T·K rows, H = 1 or 2 matrices in the up-projection (2 if gated) and the experts that a token chose,
 
     forward           distinct·(H+1)·D·F  +  x: T·D  +  act, written and read: 2·N·F  +  its product: 2·N·D  +  y: T·D
     forward+backward  twice the weights, their gradients E·(H+1)·D·F, and for the activations three times the above
@@ -170,7 +170,9 @@ def rounds(
     calls: dict[str, Callable[[], object]], seconds: float
 ) -> dict[str, list[float]]:
     """Microseconds of every call in every round, each from a cold cache."""
-    flush = torch.empty(FLUSH_BYTES if DEVICE == "cuda" else 1, dtype=torch.int8, device=DEVICE)  # fmt: skip
+    flush = torch.empty(
+        FLUSH_BYTES if DEVICE == "cuda" else 1, dtype=torch.int8, device=DEVICE
+    )
 
     def once(call: Callable[[], object]) -> float:
         if DEVICE == "cpu":
@@ -206,7 +208,9 @@ def ceilings() -> Row:
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     source = torch.randint(-128, 127, (copied,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    times = rounds({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, SECONDS)  # fmt: skip
+    times = rounds(
+        {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, SECONDS
+    )
     product, copy = (statistics.median(t) for t in times.values())
     return {
         "what": "ceilings",
@@ -269,7 +273,9 @@ def layers_of(task: Task) -> list[Layer]:
         fresh = make(replace(case, E=1), seed)  # only its tokens
         ids = make(replace(case, D=16, F=16), seed).ids
         copies = {n: getattr(layer, n).clone() for n in ("w_up", "w_down")}
-        found.append(replace(layer, x=fresh.x, weights=fresh.weights, ids=ids, **copies))  # fmt: skip
+        found.append(
+            replace(layer, x=fresh.x, weights=fresh.weights, ids=ids, **copies)
+        )
     return found
 
 
@@ -295,7 +301,13 @@ def measure(task: Task, without: set[str]) -> Iterator[Row]:
         # Peers that know plain SwiGLU alone, on the same sizes, and ours likewise beside them.
         plain = [moe_peers.plain(layer) for layer in layers]
         case = replace(task.case(), activation="swiglu", bias=False)
-        yield from _measure(task, case, plain, without | {"torch grouped_mm", "transformers"}, " plain SwiGLU")  # fmt: skip
+        yield from _measure(
+            task,
+            case,
+            plain,
+            without | {"torch grouped_mm", "transformers"},
+            " plain SwiGLU",
+        )
 
 
 def _measure(
@@ -327,7 +339,9 @@ def _measure(
             if not off <= LOOSE:
                 notes[name] = {"note": f"its output differs from ours by {off:.1e}"}
                 continue
-            each = [_call(run, layer, dy) for run, layer in zip(runs, layers, strict=True)]  # fmt: skip
+            each = [
+                _call(run, layer, dy) for run, layer in zip(runs, layers, strict=True)
+            ]
             in_turn = itertools.cycle(each)
             eager = lambda turn=in_turn: next(turn)()  # noqa: E731
             eager()
@@ -385,27 +399,74 @@ class Stage:
 def stages(case: Case, layer: Layer, chosen: Tiles) -> list[Stage]:
     """The launches of a layer, forward and backward, each on what the one before gave."""
     T, K, D, F, E, H = case.T, case.K, case.D, case.F, case.E, halves(case)
-    N = T * K
-    x, w_up, w_down, b_up, b_down = layer.x, layer.w_up, layer.w_down, layer.b_up, layer.b_down  # fmt: skip
-    sorts = {m: sort_by_expert(layer.ids, E, m) for m in {16, 64, 128, chosen.up.block_m}}  # fmt: skip
+    N, kind = T * K, layer.activation
+    dy = torch.randn_like(layer.x)
+    sorts = {
+        m: sort_by_expert(layer.ids, E, m) for m in {16, 64, 128, chosen.up.block_m}
+    }
     s = sorts[chosen.up.block_m]
-    act, hidden = gemm.up_projection(x, w_up, b_up, s, K, layer.activation, True, chosen.up)  # fmt: skip
-    rows = gemm.row_products(act, w_down, b_down, s, True, chosen.down)
-    dy = torch.randn_like(x)
-    dhidden, scaled, _ = gemm.activation_gradient(dy, w_down, b_down, hidden, layer.weights, s, layer.activation, chosen.dact)  # fmt: skip
-    product, up, down = 2.0 * N * D * F, E * H * D * F, E * D * F
+
+    def up(t: Tile, save: bool) -> tuple[Tensor, Tensor]:
+        inputs = (layer.x, layer.w_up, layer.b_up, sorts[t.block_m], K)
+        return gemm.up_projection(*inputs, kind, save, t)
+
+    act, hidden = up(chosen.up, True)
+
+    def down(t: Tile) -> Tensor:
+        return gemm.row_products(
+            act, layer.w_down, layer.b_down, sorts[t.block_m], True, t
+        )
+
+    def d_act(t: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (dy, layer.w_down, layer.b_down, hidden, layer.weights)
+        return gemm.activation_gradient(*inputs, sorts[t.block_m], kind, t)
+
+    rows = down(chosen.down)
+    dhidden, scaled, _ = d_act(chosen.dact)
+
+    def d_rows(t: Tile) -> Tensor:
+        return gemm.row_products(dhidden, layer.w_up, None, sorts[t.block_m], False, t)
+
+    product, w = 2.0 * N * D * F, E * D * F
     return [
-        Stage("sort", lambda t: sort_by_expert(layer.ids, E, chosen.up.block_m), 0, 3 * N),
-        Stage("up", lambda t: gemm.up_projection(x, w_up, b_up, sorts[t.block_m], K, layer.activation, False, t), H * product, up + T * D + N * F, "up"),
-        Stage("up, saving", lambda t: gemm.up_projection(x, w_up, b_up, sorts[t.block_m], K, layer.activation, True, t), H * product, up + T * D + N * F * (1 + H), "up"),
-        Stage("down", lambda t: gemm.row_products(act, w_down, b_down, sorts[t.block_m], True, t), product, down + N * (D + F), "down"),
-        Stage("combine", lambda t: gemm.combine(rows, s.inverse, layer.weights, T, K), 0, N * D + T * D),
-        Stage("d act", lambda t: gemm.activation_gradient(dy, w_down, b_down, hidden, layer.weights, sorts[t.block_m], layer.activation, t), product, down + T * D + N * F * (2 * H + 1), "dact"),
-        Stage("d W_down", lambda t: gemm.weight_gradient(dy, scaled, s, K, t, gather_p=True), product, down + T * D + N * F, "dw"),
-        Stage("d W_up", lambda t: gemm.weight_gradient(dhidden, x, s, K, t, gather_q=True), H * product, up + T * D + N * H * F, "dw"),
-        Stage("d rows", lambda t: gemm.row_products(dhidden, w_up, None, sorts[t.block_m], False, t), H * product, up + N * (H * F + D), "dx"),
-        Stage("d x", lambda t: gemm.combine(rows, s.inverse, None, T, K), 0, N * D + T * D),
-    ]  # fmt: skip
+        Stage(
+            "sort", lambda _: sort_by_expert(layer.ids, E, chosen.up.block_m), 0, 3 * N
+        ),
+        Stage("up", lambda t: up(t, False), H * product, H * w + T * D + N * F, "up"),
+        Stage(
+            "up, saving",
+            lambda t: up(t, True),
+            H * product,
+            H * w + T * D + N * F * (1 + H),
+            "up",
+        ),
+        Stage("down", down, product, w + N * (D + F), "down"),
+        Stage(
+            "combine",
+            lambda _: gemm.combine(rows, s.inverse, layer.weights, T, K),
+            0,
+            N * D + T * D,
+        ),
+        Stage("d act", d_act, product, w + T * D + N * F * (2 * H + 1), "dact"),
+        Stage(
+            "d W_down",
+            lambda t: gemm.weight_gradient(dy, scaled, s, K, t, gather_p=True),
+            product,
+            w + T * D + N * F,
+            "dw",
+        ),
+        Stage(
+            "d W_up",
+            lambda t: gemm.weight_gradient(dhidden, layer.x, s, K, t, gather_q=True),
+            H * product,
+            H * w + T * D + N * H * F,
+            "dw",
+        ),
+        Stage("d rows", d_rows, H * product, H * w + N * (H * F + D), "dx"),
+        Stage(
+            "d x", lambda _: gemm.combine(rows, s.inverse, None, T, K), 0, N * D + T * D
+        ),
+    ]
 
 
 def table_for(case: Case, device: torch.device) -> Tiles:
@@ -454,7 +515,16 @@ def candidates(stage: Stage, given: Tile, case: Case) -> list[Tile]:
         registers = m * columns / (32 * warps)
         fits = deep * step_bytes <= SHARED_MEMORY[9, 0] - 4096
         if fits and 16 <= registers <= 128 and deep * step_bytes >= 48 * 1024:
-            found[replace(given, block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=deep)] = None  # fmt: skip
+            found[
+                replace(
+                    given,
+                    block_m=m,
+                    block_n=n,
+                    block_k=k,
+                    num_warps=warps,
+                    num_stages=deep,
+                )
+            ] = None
     return list(found)
 
 
@@ -471,7 +541,11 @@ def tune(wanted: list[str], budget: float) -> None:
         lists = {s.name: candidates(s, getattr(chosen, s.field), case) for s in todo}
         if not INTERPRETED:
             capability = torch.cuda.get_device_capability()
-            jobs = [(compile_stage, (case, s.name, t, capability)) for s in todo for t in lists[s.name]]  # fmt: skip
+            jobs = [
+                (compile_stage, (case, s.name, t, capability))
+                for s in todo
+                for t in lists[s.name]
+            ]
             gpu_suite.precompile(jobs)
         for stage in todo:
             results = []
@@ -484,12 +558,19 @@ def tune(wanted: list[str], budget: float) -> None:
                     print(f"{_words(tile)}: {str(fault).splitlines()[0][:80]}")
                     continue
                 results.append((statistics.median(times[""]), tile))
-            print(f"\n{model} T={case.T}, {stage.name}: {len(results)} of {len(lists[stage.name])} tiles timed")  # fmt: skip
-            ours_now = next((t for t, tile in results if tile == lists[stage.name][0]), math.nan)  # fmt: skip
+            print(
+                f"\n{model} T={case.T}, {stage.name}: {len(results)} of {len(lists[stage.name])} tiles timed"
+            )
+            ours_now = next(
+                (t for t, tile in results if tile == lists[stage.name][0]), math.nan
+            )
             print(f"  table {_words(lists[stage.name][0]):28} {ours_now:9.1f} us")
             for taken, tile in sorted(results, key=lambda pair: pair[0])[:8]:
                 rate = stage.flops / taken / 1e6
-                print(f"        {_words(tile):28} {taken:9.1f} us {rate:6.0f} TFLOP/s", flush=True)  # fmt: skip
+                print(
+                    f"        {_words(tile):28} {taken:9.1f} us {rate:6.0f} TFLOP/s",
+                    flush=True,
+                )
 
 
 # ---- Compiled ahead ---------------------------------------------------------------------------------------------
@@ -623,12 +704,26 @@ def report(rows: list[Row], left_out: list[str], seconds: float) -> None:
     """One line a task, the stages, who did not take part, what was not run."""
     for row in rows:
         if row["what"] == "ceilings":
-            print(f"\nceilings: {row['matmul_tflops']:.0f} TFLOP/s (bf16 product), {row['copy_tb_per_s']:.2f} TB/s (copy)")  # fmt: skip
+            print(
+                f"\nceilings: {row['matmul_tflops']:.0f} TFLOP/s (bf16 product), {row['copy_tb_per_s']:.2f} TB/s (copy)"
+            )
     stages_found = [row for row in rows if row["what"] == "stage"]
     if stages_found:
-        gpu_suite.table(stages_found, {"stage": "<11", "tile": "<22", "time_us": "9.1f", "tflops": "6.0f", "floor_us": "9.1f", "fraction_of_floor": "8.2f"})  # fmt: skip
+        gpu_suite.table(
+            stages_found,
+            {
+                "stage": "<11",
+                "tile": "<22",
+                "time_us": "9.1f",
+                "tflops": "6.0f",
+                "floor_us": "9.1f",
+                "fraction_of_floor": "8.2f",
+            },
+        )
         print()
-    mine = [r for r in rows if r["what"] == "layer" and r["contender"].startswith("ours")]  # fmt: skip
+    mine = [
+        r for r in rows if r["what"] == "layer" and r["contender"].startswith("ours")
+    ]
     short = {"forward": "fwd", "forward+backward": "fwd+bwd"}
     lines = []
     for row in mine:
@@ -642,7 +737,22 @@ def report(rows: list[Row], left_out: list[str], seconds: float) -> None:
                 "best peer": row.get("best_peer"), "MiB": row.get("peak_mib"),
             }
         )  # fmt: skip
-    gpu_suite.table(lines, {"model": "<15", "tokens": "6d", "route": "<7", "pass": "<13", "us": "9.1f", "TF/s": "5.0f", "floor us": "9.1f", "of floor": "8.2f", "vs best": "7.2f", "best peer": "<16", "MiB": "7.0f"})  # fmt: skip
+    gpu_suite.table(
+        lines,
+        {
+            "model": "<15",
+            "tokens": "6d",
+            "route": "<7",
+            "pass": "<13",
+            "us": "9.1f",
+            "TF/s": "5.0f",
+            "floor us": "9.1f",
+            "of floor": "8.2f",
+            "vs best": "7.2f",
+            "best peer": "<16",
+            "MiB": "7.0f",
+        },
+    )
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row["what"] == "layer" and row["time_us"] is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, fields, replace
 
 import torch
 import triton
@@ -115,21 +116,8 @@ def _clamp(tile: Tile, n: int, k: int) -> Tile:
     )
 
 
-def choose(
-    slots: int,
-    num_experts: int,
-    width: int,
-    hidden: int,
-    halves: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tiles:
-    """The tiles for a layer: by N/E (rows per expert), D, F and the size of an element.
-
-    Up to 16 rows an expert the weights are read once, whatever the tile: small and many. From there on rows and weights
-    are reused; from 256 rows on, what 128 rows waste in an expert's last tile is less than what they save.
-    """
-    rows = slots / num_experts
+def _table(rows: float, halves: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """By rows per expert; not yet fitted to a layer."""
     if INTERPRETED:
         m = 16 if rows <= 16 else 64
         up = down = dact = dx = Tile(m, 64, 64, group_m=2)
@@ -159,17 +147,85 @@ def choose(
         down = dx = Tile(128, 256, 64, num_stages=4)
         dact = Tile(128, 128, 64, num_stages=4)
         dw = Tile(128, 256, 64, num_stages=3)
+    return Tiles(up, down, dact, dx, dw)
+
+
+def _fitted(
+    tiles: Tiles,
+    width: int,
+    hidden: int,
+    halves: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tiles:
+    """No larger than the layer's matrices and the device's shared memory."""
     limit = SHARED_MEMORY.get(capability(device), SHARED_MEMORY[8, 9])
     size = torch.empty((), dtype=dtype).element_size()
 
     def fitted(tile: Tile, n: int, k: int, halves: int = 1) -> Tile:
         return _fit(_clamp(tile, n, k), size, halves, limit)
 
-    rows_up = halves * hidden
     return Tiles(
-        up=fitted(up, hidden, width, halves),
-        down=fitted(down, width, hidden),
-        dact=fitted(dact, hidden, width),
-        dx=fitted(dx, width, rows_up),
-        dw=_fit(dw, size, 1, limit),
+        up=fitted(tiles.up, hidden, width, halves),
+        down=fitted(tiles.down, width, hidden),
+        dact=fitted(tiles.dact, hidden, width),
+        dx=fitted(tiles.dx, width, halves * hidden),
+        dw=_fit(tiles.dw, size, 1, limit),
     )
+
+
+def candidates(
+    slots: int,
+    num_experts: int,
+    width: int,
+    hidden: int,
+    halves: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tiles]:
+    """What autotuning tries: the table's choice, with other stages and groups, and the table's other rows."""
+
+    def changed(tiles: Tiles, stages: int = 0, group_m: int | None = None) -> Tiles:
+        def change(tile: Tile) -> Tile:
+            deep = max(2, tile.num_stages + stages)
+            group = tile.group_m if group_m is None else group_m
+            return replace(tile, num_stages=deep, group_m=group)
+
+        return Tiles(*(change(getattr(tiles, field.name)) for field in fields(tiles)))
+
+    rows = slots / num_experts
+    first, *others = (_table(r, halves, dtype, device) for r in (rows, 16, 64, 256))
+    found = [first, changed(first, stages=-1), changed(first, stages=1)]
+    found += [changed(first, group_m=group) for group in (1, 4, 16)]
+    found += [tiles for other in others for tiles in (other, changed(other, stages=-1))]
+    layer = (width, hidden, halves, dtype, device)
+    return list(dict.fromkeys(_fitted(tiles, *layer) for tiles in found))
+
+
+def choose(
+    slots: int,
+    num_experts: int,
+    width: int,
+    hidden: int,
+    halves: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tiles:
+    """The tiles for a layer: by N/E (rows per expert), D, F and the size of an element.
+
+    Up to 16 rows an expert the weights are read once, whatever the tile: small and many. From there on rows and weights
+    are reused; from 256 rows on, what 128 rows waste in an expert's last tile is less than what they save.
+
+    With MOE_COURSE_AUTOTUNE=1 a GPU times some alternatives on the first layer of a kind (see `autotune`).
+    """
+    if (
+        device.type == "cuda"
+        and os.environ.get("MOE_COURSE_AUTOTUNE") == "1"
+        and not INTERPRETED
+    ):
+        from moe_course.kernels import autotune
+
+        return autotune.choose(slots, num_experts, width, hidden, halves, dtype, device)
+    rows = slots / num_experts
+    tiles = _table(rows, halves, dtype, device)
+    return _fitted(tiles, width, hidden, halves, dtype, device)
