@@ -133,13 +133,13 @@ def cases(dry: bool) -> list[Case]:
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-def random_ids(case: Case) -> Tensor:
+def random_ids(case: Case, where: str) -> Tensor:
     """Expert ids [T, K], distinct in a row unless the routing says otherwise."""
     T, E, K = case.T, case.E, case.K
-    scores = torch.rand(T, E, device=DEVICE)
+    scores = torch.rand(T, E, device=where)
     if case.routing == "zipf":  # the e-th most popular expert is wanted 1/e as often
         gumbel = -(-scores.clamp(1e-9, 1 - 1e-6).log()).log()
-        scores = gumbel - torch.arange(1, E + 1, device=DEVICE).log()
+        scores = gumbel - torch.arange(1, E + 1, device=where).log()
     if case.routing == "idle":  # half of the experts
         scores[:, ::2] -= 2
     ids = scores.topk(K, dim=1).indices.int()
@@ -148,21 +148,21 @@ def random_ids(case: Case) -> Tensor:
     if case.routing == "duplicate":
         ids[:, 1:] = ids[:, :1]
     if case.routing.startswith("skip"):
-        ids[torch.rand(T, K, device=DEVICE) < 0.3] = E
+        ids[torch.rand(T, K, device=where) < 0.3] = E
         ids[1::2] = E  # tokens without any expert
     if case.routing == "skip all":
         ids[:] = E
     return ids
 
 
-def make(case: Case, seed: int) -> Layer:
+def make(case: Case, seed: int, where: str = DEVICE) -> Layer:
     """A layer with fresh random numbers; its gate weights are exact in 16 bits, so that peers may round them."""
     torch.manual_seed(seed)
     dtype = getattr(torch, case.dtype)
     rows = case.F * (2 if case.activation in GATED else 1)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+        return torch.randn(shape, device=where).mul_(scale).to(dtype)
 
     # The clamp at 7 must bite: twice the usual size there.
     loud = 2.0 if case.activation == "clamped_swiglu" else 1.0
@@ -173,8 +173,8 @@ def make(case: Case, seed: int) -> Layer:
         x=x,
         w_up=random(case.E, rows, case.D, scale=loud * case.D**-0.5),
         w_down=random(case.E, case.D, case.F, scale=case.F**-0.5),
-        ids=random_ids(case),
-        weights=torch.rand(case.T, case.K, device=DEVICE).bfloat16().to(getattr(torch, case.gates)),
+        ids=random_ids(case, where),
+        weights=torch.rand(case.T, case.K, device=where).bfloat16().to(getattr(torch, case.gates)),
         activation=case.activation,
         b_up=random(case.E, rows) if case.bias else None,
         b_down=random(case.E, case.D) if case.bias else None,
@@ -292,7 +292,7 @@ def beside(case: Case, layer: Layer, dy: Tensor) -> list[Tensor] | None:
         try:
             run = functools.partial(torch_pipeline, product=product)
             return with_gradients(run, layer, dy)
-        except RuntimeError as fault:
+        except (RuntimeError, TypeError, ValueError) as fault:
             print(f"torch's pipeline, {product.__name__}: {str(fault).splitlines()[0]}")
     return None
 
@@ -505,11 +505,16 @@ def small_runs(plant_a_fault: bool) -> None:
         torch.cuda.synchronize()
         return
     for case in SANITIZED:
-        layer = make(case, 0)
+        # Drawn on the CPU: the fewer kernels of others are watched, the better.
+        drawn = make(case, 0, "cpu")
+        given = {n: getattr(drawn, n) for n in (*NAMES, "ids")}
+        layer = replace(
+            drawn, **{n: t.cuda() for n, t in given.items() if t is not None}
+        )
         with without_descriptors(case.pointers):
             with torch.no_grad():
                 ours(layer)
-            with_gradients(ours, layer, torch.randn_like(layer.x))
+            with_gradients(ours, layer, torch.randn(layer.x.shape).to(layer.x))
     torch.cuda.synchronize()
 
 

@@ -71,8 +71,14 @@ SONIC = {
     )
     for F, E, K in grid
 }
-# Their tuning takes longer than the budget allows on every shape.
-LEFT_OUT = {"liger", "scattermoe"}
+# Tuning these on every shape would take more than the budget.
+LEFT_OUT = dict.fromkeys(
+    ("liger", "scattermoe"), "left out here, to save the budget its tuning"
+)
+AFTER_A_DEATH = dict.fromkeys(
+    ("liger", "scattermoe", "triton_kernels"),
+    "left out: this row died with it among the peers",
+)
 
 
 @dataclass(frozen=True)
@@ -279,12 +285,12 @@ def layers_of(task: Task) -> list[Layer]:
     return found
 
 
-def contenders(layers: list[Layer], without: set[str]) -> dict[str, Any]:
+def contenders(layers: list[Layer], without: dict[str, str]) -> dict[str, Any]:
     """Name -> one callable for each layer, or the reason why there is none."""
     found: dict[str, Any] = {"ours": [ours] * len(layers)}
     for name, get in moe_peers.PEERS.items():
         if name in without:
-            found[name] = "left out: tuning it on every shape would take the budget"
+            found[name] = without[name]
             continue
         try:
             found[name] = [get(layer) for layer in layers]
@@ -293,25 +299,19 @@ def contenders(layers: list[Layer], without: set[str]) -> dict[str, Any]:
     return found
 
 
-def measure(task: Task, without: set[str]) -> Iterator[Row]:
+def measure(task: Task, without: dict[str, str]) -> Iterator[Row]:
     """The rows of a task: our kernels, then each peer, or why it has no time."""
     layers = layers_of(task)
     yield from _measure(task, task.case(), layers, without)
     if layers[0].activation != "swiglu":
-        # Peers that know plain SwiGLU alone, on the same sizes, and ours likewise beside them.
+        # Some peers know plain SwiGLU alone: on the same sizes, and all the others likewise.
         plain = [moe_peers.plain(layer) for layer in layers]
         case = replace(task.case(), activation="swiglu", bias=False)
-        yield from _measure(
-            task,
-            case,
-            plain,
-            without | {"torch grouped_mm", "transformers"},
-            " plain SwiGLU",
-        )
+        yield from _measure(task, case, plain, without, " plain SwiGLU")
 
 
 def _measure(
-    task: Task, case: Case, layers: list[Layer], without: set[str], kind: str = ""
+    task: Task, case: Case, layers: list[Layer], without: dict[str, str], kind: str = ""
 ) -> Iterator[Row]:
     graphs = task.T <= DECODE and DEVICE == "cuda"
     dy = None
@@ -356,7 +356,7 @@ def _measure(
         except (RuntimeError, ValueError) as fault:
             # Out of memory, a size that it refuses, a capture that failed: then its plain time, if it has one.
             notes.setdefault(name, {})["note"] = str(fault).split("\n")[0][:160]
-            if "CUDA error" in str(fault) and "capture" not in str(fault):
+            if "CUDA error" in str(fault) and "captur" not in str(fault):
                 raise
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
@@ -507,14 +507,14 @@ def candidates(stage: Stage, given: Tile, case: Case) -> list[Tile]:
     rows_m = (64, 128) if weights or given.block_m > 16 else (16,)
     found = {given: None}
     for m, n, k, warps, deep in itertools.product(
-        rows_m, (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5)
+        rows_m, (32, 64, 128, 256), (32, 64, 128), (4, 8), (3, 4)
     ):
         columns = n * wide
         step_bytes = k * (m + columns) * size
-        # An accumulator of more than 128 registers a thread spills, one of fewer than 16 starves the tensor cores.
+        # An accumulator of more than 128 registers a thread spills; a small one waits for its loads.
         registers = m * columns / (32 * warps)
         fits = deep * step_bytes <= SHARED_MEMORY[9, 0] - 4096
-        if fits and 16 <= registers <= 128 and deep * step_bytes >= 48 * 1024:
+        if fits and 32 * given.block_m // 64 <= registers <= 128:
             found[
                 replace(
                     given,
@@ -664,7 +664,7 @@ def compile_jobs(
         if case.activation != "swiglu":
             case = replace(case, activation="swiglu", bias=False)
             found[compile_layer, (case, task.passes, capability)] = None
-        if not without(task) & LEFT_OUT:
+        if not without(task):
             shape = replace(case, T=4096)
             if shapes.get(shape, "forward") == "forward":
                 shapes[shape] = task.passes
@@ -679,8 +679,9 @@ def compile_jobs(
     return list(found)
 
 
-def without(task: Task) -> set[str]:
-    return LEFT_OUT if task.model in SONIC or task.model == "deepseek" else set()
+def without(task: Task) -> dict[str, str]:
+    """Peers that sit a task out, and why."""
+    return LEFT_OUT if task.model in SONIC or task.model == "deepseek" else {}
 
 
 # ---- The program ------------------------------------------------------------------------------------------------
@@ -782,8 +783,8 @@ def main() -> None:
             yield from time_stages(staged)
         else:
             # After a death: with torch's own peers alone.
-            left = LEFT_OUT | {"triton_kernels"} if again else without(tasks[name])
-            yield from measure(tasks[name], left)
+            absent = AFTER_A_DEATH if again else without(tasks[name])
+            yield from measure(tasks[name], absent)
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
 

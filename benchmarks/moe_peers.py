@@ -182,7 +182,7 @@ def _shorter_tuning(module: str) -> None:
 
     for kernel in vars(sys.modules[module]).values():
         if isinstance(kernel, Autotuner):
-            kernel.__dict__["do_bench"] = bench
+            kernel._do_bench = bench
 
 
 # A contender's name -> how to get it for a layer. Sorted by where they can be had: in torch, then beside it.
