@@ -125,3 +125,8 @@ def load(path: Path) -> Record:
             f"{path} is no record: it lacks {', '.join(sorted(missing)) or 'nothing, but has more'}"
         )
     return Record(**raw)
+
+
+def load_if_measured(path: Path) -> Record | None:
+    """The record, or None where nobody has measured it yet, so that a page can say so."""
+    return load(path) if path.exists() else None

@@ -13,7 +13,7 @@ from importlib import metadata
 import pytest
 
 from moe_course import records
-from moe_course.records import Record, load, measure, save
+from moe_course.records import Record, load, load_if_measured, measure, save
 
 ROWS = [{"batch": 1, "time_ms": 12.9}, {"batch": 2, "time_ms": 13.5}]
 RECORD = Record(
@@ -32,6 +32,16 @@ def test_a_record_reads_back_equal(tmp_path):
     save(RECORD, path)
     assert load(path) == RECORD
     assert [p.name for p in path.parent.iterdir()] == ["decode.json"]
+
+
+def test_what_was_not_measured_yet_is_none(tmp_path):
+    path = tmp_path / "decode.json"
+    assert load_if_measured(path) is None
+    save(RECORD, path)
+    assert load_if_measured(path) == RECORD
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is no record"):  # broken is not missing
+        load_if_measured(path)
 
 
 def test_provenance_names_device_versions_date_command_and_revision():
