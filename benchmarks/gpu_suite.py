@@ -93,6 +93,8 @@ class Worker:
             if row.get("done"):
                 return
             if "error" in row:
+                if row["broken"]:
+                    self.stop()
                 raise Died(row["error"])
             yield row
 
@@ -104,9 +106,7 @@ class Worker:
 
 
 def serve(do: Callable[[str], Iterable[Row]]) -> None:
-    """The worker's side: tasks in, rows out. Ends itself where an error has left the GPU unusable."""
-    import torch
-
+    """The worker's side: tasks in, rows out."""
     for line in sys.stdin:
         try:
             for row in do(line.strip()):
@@ -114,10 +114,21 @@ def serve(do: Callable[[str], Iterable[Row]]) -> None:
             answer: Row = {"done": True}
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+            words = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            answer = {"error": words, "broken": _gpu_is_broken()}
         print("@" + json.dumps(answer), flush=True)
-        if "error" in answer and torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises once more, and ends the process, after a fault on the device
+
+
+def _gpu_is_broken() -> bool:
+    """After a fault on the device every call fails, in this process: it takes a new one."""
+    import torch
+
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 # ---- Compilation ahead ------------------------------------------------------------------------------------------
@@ -237,9 +248,14 @@ def main() -> None:
 
     ahead = None
     if not options.dry_run:
-        subprocess.run(command("kernels_correct.py", "--precompile"))
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                command("kernels_correct.py", "--precompile"),
+                timeout=0.25 * options.budget,
+            )
         ahead = subprocess.Popen(command("moe_kernels.py", "--precompile"))
-    share = 0.35 * options.budget - (time.monotonic() - begin)
+    # A third for the proof, more if compiling has taken most of that.
+    share = max(60, 0.35 * options.budget - (time.monotonic() - begin))
     proof = subprocess.run(command("kernels_correct.py", "--budget", f"{share:.0f}"))
     if ahead is not None:
         try:

@@ -80,6 +80,9 @@ def do(name):
         os._exit(7)
     if name == "hang":
         time.sleep(60)
+    if name == "break":
+        gpu_suite._gpu_is_broken = lambda: True
+        raise RuntimeError("illegal memory access")
     if name == "fail":
         raise ValueError("two\\nlines")
     print("a word between")
@@ -96,7 +99,7 @@ def test_a_task_that_dies_hangs_or_fails_takes_no_other_with_it(
     script.write_text(WORKER.format(folder=str(root / "benchmarks")))
     worker = suite.Worker([str(script)])
     rows, deaths = [], []
-    for task in ("one", "die", "two", "fail", "three", "hang", "four"):
+    for task in ("one", "die", "two", "fail", "break", "three", "hang", "four"):
         try:
             rows += worker.ask(task, 4 if task == "hang" else 60)
         except suite.Died as death:
@@ -112,6 +115,7 @@ def test_a_task_that_dies_hangs_or_fails_takes_no_other_with_it(
     assert deaths == [
         "the process ended with code 7",
         "ValueError: two",
+        "RuntimeError: illegal memory access",
         "no end within 4 s",
     ]
     assert "a word between" in capfd.readouterr().out
