@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="there is no triton for this system")
 
-from moe_course.kernels import autotune, tiles
+from moe_course.kernels import autotune, fused_moe, tiles
 from moe_course.kernels.tiles import SHARED_MEMORY, Tile, Tiles, candidates, choose
 
 CPU = torch.device("cpu")
@@ -175,3 +176,27 @@ def test_the_option_reaches_the_clock_on_a_gpu_alone(compiled, monkeypatch, tmp_
     assert choose(**other) == candidates(**other)[0]
     capturing = False
     assert choose(**other) == candidates(**other)[0]  # as it was captured
+
+
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="runs in the interpreter")
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_candidate_is_timed_on_a_whole_layer_with_its_tiles(monkeypatch, halves):
+    used = []
+
+    def bench(layer, **options):
+        layer()
+        return 0.5
+
+    def choose(*layer):
+        used.append(autotune._trial)
+        return autotune.choose(*layer)
+
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", bench)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    monkeypatch.setattr(sys.modules[fused_moe.__module__], "choose", choose)
+    candidate = Tiles(*[Tile(16, 16, 16, group_m=2)] * 5)
+    layer = (8, 2, 16, 16, halves, torch.float32, CPU)
+    assert autotune._time_layer(candidate, *layer) == 0.5
+    assert used == [candidate] * 2  # forward and backward
+    assert autotune._trial is None
