@@ -278,12 +278,10 @@ def layers_of(task: Task) -> list[Layer]:
     count = 4 if 4 * weights < 50e9 else 2
     found = [layer]
     for seed in range(1, count):
-        fresh = make(replace(case, E=1), seed)  # only its tokens
-        ids = make(replace(case, D=16, F=16), seed).ids
+        fresh = make(replace(case, F=1), seed)  # for its tokens
         copies = {n: getattr(layer, n).clone() for n in ("w_up", "w_down")}
-        found.append(
-            replace(layer, x=fresh.x, weights=fresh.weights, ids=ids, **copies)
-        )
+        tokens = {n: getattr(fresh, n) for n in ("x", "ids", "weights")}
+        found.append(replace(layer, **tokens, **copies))
     return found
 
 

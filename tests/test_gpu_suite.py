@@ -128,3 +128,45 @@ def test_precompilation_reports_what_does_not_compile(suite, capsys, monkeypatch
     assert "not compiled ahead: loads('{',): JSONDecodeError" in out
     assert "compiled ahead: 2 jobs" in out
     assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_decoding_turns_over_copies_of_the_weights_in_a_graph(suite, monkeypatch):
+    """The path that a GPU alone takes, with a stand-in for graphs and events."""
+    moe_kernels = importlib.import_module("moe_kernels")
+    replayed, timed = [], []
+
+    def captured(calls):
+        replayed.append(len(calls))
+        return lambda: [call() for call in calls]
+
+    def rounds(calls, seconds):
+        for name, call in calls.items():
+            call()
+            timed.append(name)
+        return {name: [8.0, 8.0, 80.0] for name in calls}
+
+    task = moe_kernels.Task("tiny", 8)
+    monkeypatch.setattr(moe_kernels, "captured", captured)
+    monkeypatch.setattr(moe_kernels, "rounds", rounds)
+    monkeypatch.setattr(moe_kernels, "peak_mib", lambda call: 1.0)
+    monkeypatch.setattr(moe_kernels, "DEVICE", "cuda")
+    layers = moe_kernels.layers_of(task)
+    assert len(layers) == 4
+    assert len({layer.w_up.data_ptr() for layer in layers}) == 4
+    assert not layers[0].ids.equal(layers[1].ids)
+    monkeypatch.setitem(
+        moe_kernels.moe_peers.PEERS, "liger", lambda layer: moe_kernels.ours
+    )
+    monkeypatch.setitem(
+        moe_kernels.moe_peers.PEERS, "wrong", lambda layer: lambda given: 2 * given.x
+    )
+    rows = {row["contender"]: row for row in moe_kernels.measure(task, {})}
+    assert timed == ["ours", "ours eager", "torch grouped_mm", "transformers", "liger"]
+    assert replayed == [4, 4, 4]  # ours, torch, transformers: liger waits for the host
+    assert rows["ours"]["time_us"] == 2.0  # a replay holds four layers
+    assert (rows["ours"]["mode"], rows["ours eager"]["mode"]) == ("graph", "eager")
+    assert rows["liger"]["mode"] == "eager"
+    assert rows["liger"]["time_us"] == 8.0
+    assert rows["ours eager"]["ratio_to_best_peer"] == 4.0
+    assert rows["wrong"]["time_us"] is None
+    assert "differs from ours" in rows["wrong"]["note"]

@@ -178,7 +178,7 @@ def test_the_option_reaches_the_clock_on_a_gpu_alone(compiled, monkeypatch, tmp_
     assert choose(**other) == candidates(**other)[0]  # as it was captured
 
 
-@pytest.mark.skipif(not tiles.INTERPRETED, reason="runs in the interpreter")
+@pytest.mark.skipif(not tiles.INTERPRETED, reason="with a GPU, the clock itself runs")
 @pytest.mark.parametrize("halves", [1, 2])
 def test_a_candidate_is_timed_on_a_whole_layer_with_its_tiles(monkeypatch, halves):
     used = []
