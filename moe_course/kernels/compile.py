@@ -246,7 +246,7 @@ def faults(row: Compiled) -> list[str]:
         )
     if row.kernel in MATRIX_KERNELS:
         block_m = int(row.block.split("x")[0])
-        if capability >= (9, 0) and block_m >= 64 and "fp32" not in row.case:
+        if capability >= (9, 0) and block_m >= 64:
             if not row.hgmma:
                 found.append("no HGMMA")
         elif not row.hmma:

@@ -179,7 +179,7 @@ def _part(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One of 1, 2 or 4 runs of columns of a tile. An epilogue in parts needs fewer registers; nothing moves."""
+    """One of PARTS runs of columns of a tile (a power of 2). An epilogue in parts needs fewer registers; nothing moves."""
     if PARTS > 1:
         halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
@@ -610,7 +610,7 @@ def up_projection(
         width, hidden_width, x.stride(0),
         E=num_experts, TOP_K=k, ACTIVATION=activation, HALVES=halves,
         BIAS=b_up is not None, SAVE_HIDDEN=save_hidden, TMA=tma,
-        PRECISION=_precision(x), PARTS=2 if tile.block_n >= 64 else 1, **_meta(tile),
+        PRECISION=_precision(x), PARTS=max(1, tile.block_n // 32), **_meta(tile),
     )  # fmt: skip
     return act, hidden
 
@@ -715,6 +715,6 @@ def bias_gradient(
     block = min(128, triton.next_power_of_2(width))
     _bias_gradient_kernel[(num_experts, triton.cdiv(width, block))](
         rows, rows if weights is None else weights, out, s.order, s.offsets, width,
-        rows.stride(0), TOP_K=k, GATHER=weights is not None, BLOCK_M=32, BLOCK_N=block,
+        rows.stride(0), TOP_K=k, GATHER=weights is not None, BLOCK_M=16, BLOCK_N=block,
     )  # fmt: skip
     return out
