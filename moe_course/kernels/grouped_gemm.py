@@ -679,7 +679,7 @@ def activation_gradient(
         width, hidden_width, weights.numel(), dy.stride(0),
         E=num_experts, TOP_K=weights.shape[1], ACTIVATION=activation,
         HALVES=_halves(activation), BIAS=b_down is not None, TMA=tma,
-        PRECISION=_precision(dy), PARTS=4 if tile.block_n >= 64 else 1, **_meta(tile),
+        PRECISION=_precision(dy), PARTS=max(1, tile.block_n // 32), **_meta(tile),
     )  # fmt: skip
     return dhidden, scaled, parts.sum(0)
 
