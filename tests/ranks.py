@@ -25,7 +25,19 @@ def tokens_of(rank, counts, width, dtype):
     return x.to(dtype)[start : start + counts[rank]].requires_grad_()
 
 
-def step(counts, experts=4, width=8, hidden=6, k=2, activation="swiglu", bias=False, tilt=0.0, dtype=torch.float64, dispatch="grouped", masked=False):
+def step(
+    counts,
+    experts=4,
+    width=8,
+    hidden=6,
+    k=2,
+    activation="swiglu",
+    bias=False,
+    tilt=0.0,
+    dtype=torch.float64,
+    dispatch="grouped",
+    masked=False,
+):
     """One forward and backward pass of each rank: output, gradients, traffic."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     router, whole = bank(experts, width, hidden, k, activation, bias, dtype)
@@ -48,7 +60,20 @@ def step(counts, experts=4, width=8, hidden=6, k=2, activation="swiglu", bias=Fa
     }
 
 
-def single(counts, ranks, experts=4, width=8, hidden=6, k=2, activation="swiglu", bias=False, tilt=0.0, dtype=torch.float64, masked=False, **_):
+def single(
+    counts,
+    ranks,
+    experts=4,
+    width=8,
+    hidden=6,
+    k=2,
+    activation="swiglu",
+    bias=False,
+    tilt=0.0,
+    dtype=torch.float64,
+    masked=False,
+    **_,
+):
     """The same on one process."""
     router, whole = bank(experts, width, hidden, k, activation, bias, dtype)
     with torch.no_grad():
@@ -61,7 +86,12 @@ def single(counts, ranks, experts=4, width=8, hidden=6, k=2, activation="swiglu"
         mask = torch.cat([torch.arange(n) % 3 != 0 for n in counts])
     y, _, _ = layer(x, token_mask=mask)
     (y.square().sum() / max(1, sum(counts))).backward()
-    return y.detach(), x.grad, [p.grad for p in router.parameters()], [p.grad for p in whole.parameters()]
+    return (
+        y.detach(),
+        x.grad,
+        [p.grad for p in router.parameters()],
+        [p.grad for p in whole.parameters()],
+    )
 
 
 def data_parallel(counts, expert_ranks):
@@ -77,16 +107,49 @@ def data_parallel(counts, expert_ranks):
         group = dist.new_group(members)
         same = group if rank in members else same
     router, whole = bank(4, 8, 6, 2, "swiglu", False, torch.float64)
-    layer = ExpertParallelMoE(router, shard(whole, rank % expert_ranks, expert_ranks), mine)
+    layer = ExpertParallelMoE(
+        router, shard(whole, rank % expert_ranks, expert_ranks), mine
+    )
     x = tokens_of(rank, counts, 8, torch.float64)
     y, _, _ = layer(x)
     (y.square().sum() / sum(counts)).backward()
     reduce_gradients(layer, layer.experts, same_experts=same)
     return {
-        "y": y.detach(), "x": x.grad,
+        "y": y.detach(),
+        "x": x.grad,
         "router": [p.grad for p in layer.router.parameters()],
         "experts": [p.grad for p in layer.experts.parameters()],
     }
+
+
+def step_with(counts, options):
+    return step(counts, **options)
+
+
+def evenly_routed(counts):
+    """Token t of every rank goes to experts t and t + 1, modulo their number: an even load."""
+    _, whole = bank(8, 8, 6, 2, "swiglu", False, torch.float64)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    class Even(torch.nn.Module):
+        def forward(self, x):
+            t = torch.arange(len(x))
+            logits = torch.full((len(x), 8), -9.0, dtype=x.dtype)
+            logits[t, t % 8] = 1.0
+            logits[t, (t + 1) % 8] = 0.5
+            return softmax_top_k(logits, 2)
+
+    layer = ExpertParallelMoE(Even(), shard(whole, rank, ranks))
+    y, _, _ = layer(tokens_of(rank, counts, 8, torch.float64))
+    y.sum().backward()
+    return vars(layer.traffic)
+
+
+def wrong_router():
+    router, _ = bank(6, 8, 6, 2, "swiglu", False, torch.float32)
+    _, whole = bank(4, 8, 6, 2, "swiglu", False, torch.float32)
+    layer = ExpertParallelMoE(router, shard(whole, dist.get_rank(), 2))
+    layer(torch.randn(3, 8))
 
 
 def mismatched():

@@ -1,8 +1,8 @@
 """How long a step takes at least: FLOPs over the FLOP rate, bytes over the bandwidth, whichever is longer.
 
 A bound, not a forecast: perfect overlap of arithmetic with memory, peak rates unless you pass measured ones, no launch
-overhead. It counts what the sources' `estimate_inference_latency` leaves out: only the experts that some token chose are
-read, the KV cache is read, attention computes, activations are written and read, several devices exchange tokens.
+overhead. It counts what the sources' `estimate_inference_latency` leaves out: only the experts that some token chose
+are read, the KV cache is read, attention computes, activations are written and read, several devices exchange tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moe_course.costs.memory import (
     BF16,
@@ -25,7 +26,9 @@ from moe_course.specs.model import MLA, ModelSpec
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a model: what it reads and computes on one device, and how long that takes at least. Bytes, seconds."""
+    """One step of a model: what it reads and computes on one device, and how long that takes at least. Bytes,
+    seconds.
+    """
 
     tokens: float  # that the whole step computes
     flops: float
@@ -78,7 +81,7 @@ def touched_weights(
         )
         experts = parts["experts"].total * distinct / spec.moe.experts
     embedding = parts["input_embedding"].total
-    rest = spec.total_params() - parts["experts"].total
+    rest: float = spec.total_params() - parts["experts"].total
     if not spec.tied_embeddings:
         rest += min(tokens, spec.vocab) * spec.width - embedding
     return rest * precision.weights + experts * precision.expert_bytes
@@ -87,14 +90,15 @@ def touched_weights(
 def attention_flops(spec: ModelSpec, queries: float, context: float) -> float:
     """FLOPs of scores and weighted values, for `queries` tokens that each look at `context` others, over all layers.
 
-    4 · heads · head_dim · context a token and layer. MLA as it is served, with its up-projections absorbed into queries and
-    outputs (arXiv:2405.04434, section 2.1.2): 2 · heads · (2 · kv_rank + rope_dim).
+    4 · heads · head_dim · context a token and layer. MLA as it is served, with its up-projections absorbed into
+    queries and outputs (arXiv:2405.04434, section 2.1.2): 2 · heads · (2 · kv_rank + rope_dim).
     """
     a = spec.attention
-    if isinstance(a, MLA):
-        each = 2 * a.heads * (2 * a.kv_rank + a.rope_dim)
-    else:
-        each = 4 * a.heads * a.head_dim
+    each = (
+        2 * a.heads * (2 * a.kv_rank + a.rope_dim)
+        if isinstance(a, MLA)
+        else 4 * a.heads * a.head_dim
+    )
     return spec.layers * queries * context * each
 
 
@@ -245,7 +249,7 @@ def ridge_tokens(
 class Regimes:
     """Batches between which a sparse model changes its ways against a dense one that reads all its weights."""
 
-    all_read: float  # from here on 99 % of the experts are read: the memory gain is gone
+    all_read: float  # from here on 99 % of the experts are read: the gain is gone
     dense_compute: float  # the dense model turns compute-bound: the gain returns
     sparse_compute: float  # the sparse one does too: the gain is whole
 
@@ -297,14 +301,12 @@ def crossovers(
     grid = sorted({round(2 ** (i / 8)) for i in range(8 * 16 + 1)} | {1, most})
     grid = [batch for batch in grid if batch <= most]
     found = []
-    for low, high in zip(grid, grid[1:], strict=False):
+    for low, high in pairwise(grid):
         if leads(low) != leads(high):
             before = leads(low)
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (
-                    (middle, high) if leads(middle) == before else (low, middle)
-                )
+                low, high = (middle, high) if leads(middle) == before else (low, middle)
             found.append(high)
     return found
 
@@ -331,11 +333,12 @@ def offloaded_step(
     context: float = 0,
     precision: Precision = BF16,
 ) -> Step:
-    """A decode step with a share of the experts in the memory of the host, fetched over a link each time they are touched.
+    """A decode step with a share of the experts in the memory of the host, fetched over a link each time they are
+    touched.
 
     resident: share of the routed experts' weights that stay on the device, 0 to 1, chosen without knowing the routing.
-    link_bandwidth: bytes/s from host to device; the fetch runs beside the arithmetic, so the longest of the three counts
-        (it is added to the memory time, which it usually is many times over).
+    link_bandwidth: bytes/s from host to device; the fetch runs beside the arithmetic, so the longest of the three
+        counts (it is added to the memory time, which it usually is many times over).
 
     Raises ValueError unless 0 <= resident <= 1 and link_bandwidth > 0.
     """
@@ -403,9 +406,7 @@ def speculative(
     )  # fmt: skip
     # _step computes the head for one token of each sequence; a check needs all of them.
     head = 2 * spec.vocab * spec.width * (wide - batch) / accelerator.bf16
-    checked = Step(
-        **{**checked.__dict__, "compute_s": checked.compute_s + head}
-    )
+    checked = Step(**{**checked.__dict__, "compute_s": checked.compute_s + head})
     speedup = expected * plain.time_s / checked.time_s
     return Speculation(expected, checked, speedup)
 

@@ -1,4 +1,6 @@
-"""What a model keeps in memory: weights, cache, and in training gradients, optimiser and activations. GB = 10^9 bytes."""
+"""What a model keeps in memory: weights, cache, and in training gradients, optimiser and activations. GB = 10^9
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def weight_bytes(spec: ModelSpec, precision: Precision = BF16) -> float:
 def cache_numbers_per_token(spec: ModelSpec) -> int:
     """Numbers that one token of context adds to the KV cache, over all layers.
 
-    GQA: 2 · kv_heads · head_dim a layer (keys and values); MLA: the latent and the shared rotary key, kv_rank + rope_dim
+    GQA: 2 · kv_heads · head_dim a layer (keys and values); MLA: the latent and the shared rotary key, kv_rank +
+        rope_dim
     (arXiv:2405.04434, section 2.1). Sliding windows, which keep less, are not known to a ModelSpec.
     """
     a = spec.attention
@@ -84,15 +87,16 @@ def training_memory(
 
     tokens: on one device, in one micro-batch.
     devices: in data parallelism; experts are split over `expert_parallel` of them, everything else is on each.
-    shard: what data parallelism splits instead of copying (ZeRO, arXiv:1910.02054, section 5): "none", "optimiser" (stage
-        1), "gradients" (2) or "weights" (3). Experts are split over the devices / expert_parallel that hold the same.
+    shard: what data parallelism splits instead of copying (ZeRO, arXiv:1910.02054, section 5): "none", "optimiser"
+        (stage 1), "gradients" (2) or "weights" (3). Experts are split over the devices / expert_parallel that hold
+        the same.
     recompute: keep the input of each layer alone, and compute the rest again (one more forward pass).
     weight, gradient, optimiser: bytes a parameter: 2 + 2 + 12 (a float32 copy and two moments; the same, section 3.1).
 
-    Activations in bytes, two a number, attention without its T x T scores (FlashAttention keeps none): a layer keeps 2·D
-    for each norm's input and 2·D for each block's, queries, keys, values and output of attention, and (1 + gated)·F in front
-    of and F behind each activation, K times for routed experts, whose inputs are not copied. Logits come once: 4·V bytes.
-    Raises ValueError on an unknown shard and on sizes that do not divide.
+    Activations in bytes, two a number, attention without its T x T scores (FlashAttention keeps none): a layer keeps
+    2·D for each norm's input and 2·D for each block's, queries, keys, values and output of attention, and (1 +
+    gated)·F in front of and F behind each activation, K times for routed experts, whose inputs are not copied. Logits
+    come once: 4·V bytes. Raises ValueError on an unknown shard and on sizes that do not divide.
     """
     stages = ("none", "optimiser", "gradients", "weights")
     if shard not in stages:

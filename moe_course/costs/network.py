@@ -26,8 +26,9 @@ def all_to_all_bytes(
         T · K · D · b · (R - 1) / R
 
     tokens: of this rank. Experts lie evenly on `ranks` ranks and are chosen evenly; each of a token's K choices is sent
-    on its own, also where two go to one rank (`deduplicated_bytes` sends one). Combine returns as much, and the backward
-    pass does both once more: four times this a layer and training step. Raises ValueError unless all are positive.
+    on its own, also where two go to one rank (`deduplicated_bytes` sends one). Combine returns as much, and the
+    backward pass does both once more: four times this a layer and training step. Raises ValueError unless all are
+    positive.
     """
     if min(tokens, 0) < 0 or min(width, k, ranks) < 1 or bytes_per_number <= 0:
         raise ValueError(
@@ -40,7 +41,7 @@ def all_to_all_bytes(
 def expected_distinct_ranks(num_experts: int, k: int, ranks: int) -> float:
     """Expected number of ranks that hold at least one of a token's K experts, chosen evenly without repetition.
 
-        R · (1 - C(E - E/R, K) / C(E, K))
+    R · (1 - C(E - E/R, K) / C(E, K))
     """
     if min(num_experts, k, ranks) < 1 or num_experts % ranks or k > num_experts:
         raise ValueError(
@@ -64,7 +65,8 @@ def deduplicated_bytes(
 
         T · D · b · (distinct ranks) · (R - 1) / R
 
-    limit: at most so many ranks, as node-limited routing has it (M in DeepSeek-V3, arXiv:2412.19437, section 2.1.2); the
+    limit: at most so many ranks, as node-limited routing has it (M in DeepSeek-V3, arXiv:2412.19437, section 2.1.2);
+        the
     count is then an upper bound.
     """
     distinct = expected_distinct_ranks(num_experts, k, ranks)
@@ -84,7 +86,8 @@ def all_to_all_time(
 
         alpha · (R - 1) + sent / beta
 
-    between, node: ranks stand `node` to a machine; what crosses machines goes over `between`, at the same time as the rest,
+    between, node: ranks stand `node` to a machine; what crosses machines goes over `between`, at the same time as the
+        rest,
     so the slower of the two counts. One message to each peer is charged its latency in turn.
     """
     if ranks == 1:
@@ -103,14 +106,17 @@ def all_to_all_time(
 
 
 def flops_per_byte(
-    hidden: int, dispatch_bytes: float = 2.0, combine_bytes: float = 2.0, gated: bool = True
+    hidden: int,
+    dispatch_bytes: float = 2.0,
+    combine_bytes: float = 2.0,
+    gated: bool = True,
 ) -> float:
     """Expert FLOPs for each byte that dispatch and combine send, every token remote and none sent twice.
 
         6·F / (b_dispatch + b_combine) with three matrices, 4·F / (...) with two
 
-    A slot costs 6·D·F FLOPs and D·(b_d + b_c) bytes: the width cancels, and neither E nor K matters. Above the ratio of a
-    chip's FLOP rate to its link's bandwidth, arithmetic takes longer than the network.
+    A slot costs 6·D·F FLOPs and D·(b_d + b_c) bytes: the width cancels, and neither E nor K matters. Above the ratio
+    of a chip's FLOP rate to its link's bandwidth, arithmetic takes longer than the network.
     """
     return (6 if gated else 4) * hidden / (dispatch_bytes + combine_bytes)
 
@@ -130,6 +136,7 @@ def tensor_parallel_bytes(
 
         2 · T · D · b · (R - 1) / R        T: tokens of all ranks, each of which holds them all
 
-    For the same tokens, expert parallelism sends 2 · (T/R) · K · D · b · (R - 1)/R in dispatch and combine together: K/R of it.
+    For the same tokens, expert parallelism sends 2 · (T/R) · K · D · b · (R - 1)/R in dispatch and combine together:
+    K/R of it.
     """
     return 2 * tokens * width * bytes_per_number * (ranks - 1) / ranks

@@ -31,10 +31,11 @@ def by_load(loads: Sequence[float], ranks: int) -> list[int]:
 
 
 def copies(loads: Sequence[float], slots: int) -> list[int]:
-    """How many copies of each expert fill `slots` places: one more, again and again, for the expert whose copies carry most.
+    """How many copies of each expert fill `slots` places: one more, again and again, for the expert whose copies
+    carry most.
 
-    A copy takes an even share of its expert's load (as in DeepSeek's expert-parallel load balancer). Ties: lowest number.
-    Raises ValueError where there are fewer places than experts.
+    A copy takes an even share of its expert's load (as in DeepSeek's expert-parallel load balancer). Ties: lowest
+    number. Raises ValueError where there are fewer places than experts.
     """
     if slots < len(loads):
         raise ValueError(
@@ -72,7 +73,9 @@ def imbalance(loads: Sequence[float], placed: Sequence[int], ranks: int) -> floa
     return max(totals) / mean if mean else 1.0
 
 
-def replicated_imbalance(loads: Sequence[float], held: Sequence[Sequence[int]]) -> float:
+def replicated_imbalance(
+    loads: Sequence[float], held: Sequence[Sequence[int]]
+) -> float:
     """`imbalance` where experts have copies: each takes an even share of its expert's load."""
     counts = [0] * len(loads)
     for experts in held:
@@ -84,7 +87,9 @@ def replicated_imbalance(loads: Sequence[float], held: Sequence[Sequence[int]]) 
 
 
 def best(loads: Sequence[float], ranks: int) -> float:
-    """The least imbalance of any placement with E/R experts a rank, by trying all: for small cases (E up to about 8)."""
+    """The least imbalance of any placement with E/R experts a rank, by trying all: for small cases (E up to about
+    8).
+    """
     _check(len(loads), ranks)
     slots = sorted(contiguous(len(loads), ranks))
     return min(imbalance(loads, p, ranks) for p in set(permutations(slots)))

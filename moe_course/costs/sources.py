@@ -1,8 +1,8 @@
 """The two cost functions of the course's source texts, with their names, arguments and figures.
 
 They are kept as they are printed there (indented, which the print is not), so that a reader can call them and get the
-figures of the texts. What each leaves out is said in its docstring; `costs.latency`, `costs.memory` and `costs.training`
-hold what takes their place.
+figures of the texts. What each leaves out is said in its docstring; `costs.latency`, `costs.memory` and
+`costs.training` hold what takes their place.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def moe_efficiency_analysis(
         memory     = 2 bytes · total parameters
 
     Parameters in billions. What to know: the argument tokens_per_day is not used; the memory is labelled GB and is in
-    GiB (2^30 bytes); the "penalty" it prints is a saving in the sources' own example; 45 % utilisation is built in; only
-    weights are counted, not gradients, optimiser, activations or communication.
+    GiB (2^30 bytes); the "penalty" it prints is a saving in the sources' own example; 45 % utilisation is built in;
+    only weights are counted, not gradients, optimiser, activations or communication.
     """
     dense_flops = 6 * dense_params_B * 1e9
     moe_flops = 6 * moe_active_params_B * 1e9

@@ -11,7 +11,8 @@ DAY = 86400.0
 
 
 def training_flops_per_token(spec: ModelSpec, context: float = 0) -> float:
-    """6 FLOPs for each active weight that multiplies (forward 2, backward 4), and attention's 3 · 4 · heads · head_dim · context/2.
+    """6 FLOPs for each active weight that multiplies (forward 2, backward 4), and attention's 3 · 4 · heads ·
+    head_dim · context/2.
 
     The input embedding multiplies nothing and is left out.
     """
@@ -58,6 +59,4 @@ def serving_cost(
             f"busy must lie in 0..1 and tokens_per_s be positive, got {busy} and {tokens_per_s}"
         )
     hourly = tokens_per_s * 3600 * busy
-    return ServingCost(
-        tokens_per_s, devices * price_per_device_hour / hourly * 1e6
-    )
+    return ServingCost(tokens_per_s, devices * price_per_device_hour / hourly * 1e6)

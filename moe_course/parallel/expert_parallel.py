@@ -1,8 +1,8 @@
 """Expert parallelism: experts live on different ranks, and tokens travel to them and back.
 
-Every rank holds E/R experts, its own tokens, and a copy of the router. A layer sends each slot's token to the rank of its
-expert, computes there, and sends the result home, where it is weighted and summed (arXiv:2006.16668, section 3.2). Only two
-things cross: how many, then what.
+Every rank holds E/R experts, its own tokens, and a copy of the router. A layer sends each slot's token to the rank of
+its expert, computes there, and sends the result home, where it is weighted and summed (arXiv:2006.16668, section
+3.2). Only two things cross: how many, then what.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _AllToAll(torch.autograd.Function):
     """Rows to their ranks. The gradient of an exchange is the exchange back."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         rows: Tensor,
         sent: list[int],
@@ -56,11 +56,14 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(rows, sent, received, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         _count(ctx.traffic, "backward", grad, ctx.received, ctx.group)
         back = _exchange(grad, ctx.received, ctx.sent, ctx.group)
         return back, None, None, None, None, None
+
+
+_all_to_all: Any = _AllToAll.apply
 
 
 def _exchange(
@@ -93,13 +96,13 @@ class ExpertParallelMoE(nn.Module):
     group: the ranks that share the experts; None means all.
     dispatch: how the rows that arrived are computed, a name in `layers.dispatch.DISPATCH`.
 
-    Output and gradients are those of one `MoE` on all tokens. With a loss that is a sum over all ranks' tokens (divide by
-    their global number), an expert's gradient is complete where the expert lives: tokens of every rank went through it, so it
-    must not be reduced over this group. The gradients of whatever is copied, the router too, must be summed:
-    `reduce_gradients`.
+    Output and gradients are those of one `MoE` on all tokens. With a loss that is a sum over all ranks' tokens
+    (divide by their global number), an expert's gradient is complete where the expert lives: tokens of every rank
+    went through it, so it must not be reduced over this group. The gradients of whatever is copied, the router too,
+    must be summed: `reduce_gradients`.
 
-    `traffic` counts the bytes that were really sent. Raises ValueError, on every rank, when the ranks' layers do not fit
-    together.
+    `traffic` counts the bytes that were really sent. Raises ValueError, on every rank, when the ranks' layers do not
+    fit together.
     """
 
     def __init__(
@@ -133,13 +136,16 @@ class ExpertParallelMoE(nn.Module):
         if len(set(everybody)) > 1:
             shown = "; ".join(f"rank {r}: {what}" for r, what in enumerate(everybody))
             raise ValueError(
-                "the ranks' experts must agree in number, width, hidden, activation, bias and dtype, got " + shown
+                "the ranks' experts must agree in number, width, hidden, activation, bias and dtype, got "
+                + shown
             )
 
     def forward(
         self, x: Float[Tensor, "*B D"], token_mask: Bool[Tensor, "*B"] | None = None
     ) -> tuple[Float[Tensor, "*B D"], Routing, Slots]:
-        """The layer's output for this rank's tokens, its routing and its slots. Every rank must call it, with tokens or without."""
+        """The layer's output for this rank's tokens, its routing and its slots. Every rank must call it, with tokens
+        or without.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         mask = None if token_mask is None else token_mask.flatten()
         routing = self.router(tokens)
@@ -165,7 +171,7 @@ class ExpertParallelMoE(nn.Module):
         per_expert = arriving.view(self.ranks, -1)  # [R, E/R]
         received = per_expert.sum(1).tolist()
 
-        arrived = _AllToAll.apply(
+        arrived = _all_to_all(
             rows, sent, received, self.group, self.traffic, "dispatch"
         )
         # From each rank in turn come its rows, sorted by expert; grouped kernels want them sorted by expert over all.
@@ -175,7 +181,7 @@ class ExpertParallelMoE(nn.Module):
         ones = arrived.new_ones(len(order))
         here = Slots(order, of_row[order], ones)
         out = DISPATCH[self.dispatch](arrived, here, self.experts)
-        return _AllToAll.apply(out, received, sent, self.group, self.traffic, "combine")
+        return _all_to_all(out, received, sent, self.group, self.traffic, "combine")
 
 
 def shard(experts: Experts, rank: int, ranks: int) -> Experts:
@@ -186,7 +192,11 @@ def shard(experts: Experts, rank: int, ranks: int) -> Experts:
         )
     each = experts.num_experts // ranks
     mine = Experts(
-        each, experts.width, experts.hidden, experts.activation, experts.b_up is not None
+        each,
+        experts.width,
+        experts.hidden,
+        experts.activation,
+        experts.b_up is not None,
     ).to(experts.w_up)
     with torch.no_grad():
         for target, source in zip(mine.parameters(), experts.parameters(), strict=True):
@@ -202,9 +212,9 @@ def reduce_gradients(
 ) -> None:
     """Sum gradients over the ranks that hold copies, after a backward pass of this rank's part of the global loss.
 
-    What is not in `experts` is on all ranks of `world`. The experts are copied only where expert parallelism is combined with
-    data parallelism, over the ranks of `same_experts`; None means that nobody else holds them. A parameter without a
-    gradient counts as zero, so that a rank without tokens takes part.
+    What is not in `experts` is on all ranks of `world`. The experts are copied only where expert parallelism is
+    combined with data parallelism, over the ranks of `same_experts`; None means that nobody else holds them. A
+    parameter without a gradient counts as zero, so that a rank without tokens takes part.
     """
     own = {id(p) for p in experts.parameters()}
     for parameter in layer.parameters():

@@ -46,7 +46,9 @@ def _rank(
         answer.send((True, _packed(function(*words))))
         dist.destroy_process_group()
     except BaseException as error:
-        answer.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        answer.send(
+            (False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        )
         answer.close()
         os._exit(1)  # a group that others wait in cannot be left in good order
 
@@ -57,8 +59,8 @@ def run_ranks(
     """Call function(*words) in `ranks` fresh processes that form a gloo group; returns what each returned, by rank.
 
     `function` must be importable from a module (a process of its own imports it). timeout: seconds that one collective
-    operation, and that all of it once the first rank is done, may take. When a rank fails or dies, the others are ended and
-    RuntimeError says which and why; nothing hangs.
+    operation, and that all of it once the first rank is done, may take. When a rank fails or dies, the others are
+    ended and RuntimeError says which and why; nothing hangs.
     """
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}")
