@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
 # The sixteen values of E2M1 (OCP Microscaling Formats 1.0, section 5.3.3), by their 4 bits: sign, two exponent bits,
@@ -22,7 +22,7 @@ MXFP4_GROUP = 32
 class Quantised:
     """Integers and the scale of each group: weight = scale · integer. Four-bit integers come two to a byte."""
 
-    values: Int[Tensor, "*rows stored"]
+    values: Integer[Tensor, "*rows stored"]
     scales: Float[Tensor, "*rows groups"]
     bits: int
     size: int  # numbers in a row, before padding to whole groups

@@ -13,7 +13,13 @@ from hypothesis import settings
 # Modules that carry tensors run with their shape annotations enforced. Modules of @triton.jit functions must stay
 # out: the hook breaks their globals. Everything else has no tensors, and its own ValueErrors to test.
 jaxtyping.install_import_hook(
-    ["moe_course.layers", "moe_course.balance"], "beartype.beartype"
+    [
+        "moe_course.layers",
+        "moe_course.balance",
+        "moe_course.parallel",
+        "moe_course.quant",
+    ],
+    "beartype.beartype",
 )
 
 # The same cases on every run and every machine, however slow.

@@ -88,13 +88,13 @@ def test_a_rank_that_is_lost_ends_all_with_a_reason(how):
         "sleep": "rank 0 failed",
     }
     with pytest.raises(RuntimeError, match=reason[how]):
-        run_ranks(ranks.one_dies, 2, how, timeout=4)
+        run_ranks(ranks.one_dies, 2, how, timeout=4.0)
     assert time.monotonic() - started < 60
 
 
 def test_nothing_is_left_running_after_a_failure():
     with pytest.raises(RuntimeError):
-        run_ranks(ranks.one_dies, 2, "raise", timeout=4)
+        run_ranks(ranks.one_dies, 2, "raise", timeout=4.0)
     own = os.getpid()
     children = []
     for entry in os.listdir("/proc"):
