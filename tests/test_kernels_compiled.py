@@ -123,6 +123,24 @@ print(four.kernel, four.stack_bytes > 0, four.tma_loads > 0)
     )
 
 
+def test_sizes_of_one_compile():
+    """Triton makes an argument that is 1 a constant of the compiler, which has no methods; the interpreter does not."""
+    code = """
+from moe_course.kernels.compile import inspect
+one = {"tokens": 1, "width": 1, "hidden": 1, "num_experts": 1, "k": 1, "bias": True}
+print({row.kernel for row in inspect((9, 0), "", **one)} >= {"up", "dact", "decode_up"})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_it_says_what_to_set_in_a_process_of_the_interpreter(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "moe_course.kernels.compile"],

@@ -68,7 +68,8 @@ def _decode_up_kernel(
             gate += tl.load(b, mask=f < F, other=0.0).to(tl.float32)
         up = gate
         if HALVES == 2:
-            second = w + F.to(tl.int64) * D
+            # Not F.to: an argument that is 1 is a number of the compiler, without methods.
+            second = w + tl.cast(F, tl.int64) * D
             up = _dot_rows(second, f, F, x, D, BLOCK_N, BLOCK_K)
             if BIAS:
                 up += tl.load(b + F, mask=f < F, other=0.0).to(tl.float32)
