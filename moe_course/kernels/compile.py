@@ -52,7 +52,9 @@ class Compiled:
     hmma: int  # of a warp
     tma_loads: int  # copies by descriptor
     async_copies: int  # gathered copies that pass no register
-    atomics: int
+    atomics: (
+        int  # on memory; those of tl.histogram count whole numbers within a program
+    )
 
 
 class _CompileOnly:

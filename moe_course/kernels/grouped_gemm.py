@@ -179,7 +179,7 @@ def _part(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One of PARTS (a power of 2) runs of columns. An epilogue in parts needs fewer registers; nothing moves."""
+    """One of PARTS runs of columns of a tile (PARTS a power of 2). An epilogue in parts needs fewer registers."""
     if PARTS > 1:
         halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
