@@ -282,7 +282,7 @@ def fused_moe(
 
     Differentiable in x, both weights, both biases and `weights`, once. x, weights and biases in float32, float16 or
     bfloat16; products are summed in float32 (float32 ones by three tf32 products on a GPU) and each intermediate result
-    is rounded to the dtype of x (for a few tokens without gradients, the activation is not). No atomics decide anything:
+    is rounded to the dtype of x (for few tokens without gradients, the activation is not). No atomics decide anything:
     the same input gives the same bits. Nothing waits for the host: it can be captured in a CUDA graph.
 
     For the backward pass it keeps x (2·T·D bytes in 16 bits), what stands before the activation (2·T·K·rows bytes) and
