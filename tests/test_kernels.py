@@ -265,6 +265,9 @@ def test_ids_that_are_no_expert_are_skipped_or_in_debug_mode_refused(monkeypatch
         [-1, 5, 2**31 - 1, -(2**31)], dtype=torch.int32
     ).repeat(99)[: (bad == 4).sum()]
     assert (fused_moe(**(args | {"expert_ids": bad})) - want).norm() < 1e-5
+    wide = bad.long()
+    wide[bad == 5] = 2**32  # which is 0 in its lower 32 bits
+    assert (fused_moe(**(args | {"expert_ids": wide})) - want).norm() < 1e-5
     monkeypatch.setenv("MOE_COURSE_DEBUG", "1")
     fused_moe(**args)
     with pytest.raises(
@@ -326,6 +329,24 @@ def test_inputs_need_not_be_contiguous(tiny_tiles):
     assert torch.equal(
         got[0], torch.autograd.grad(fused_moe(**args), args["x"], dy.contiguous())[0]
     )
+
+
+@pytest.mark.parametrize("T", [0, 20])
+def test_frozen_experts_cost_no_product_of_their_own(T, monkeypatch):
+    args = make(T, 16, 24, 3, 2, bias=True)
+    want = run(args)
+    for name in ("w_up", "w_down", "b_up", "b_down"):
+        args[name] = args[name].detach()
+
+    def no_product(*_, **__):
+        raise AssertionError("a gradient that nobody asked for")
+
+    for name in ("weight_gradient", "bias_gradient"):
+        monkeypatch.setattr(grouped_gemm, name, no_product)
+    y = fused_moe(**args)
+    got = torch.autograd.grad(y, [args["x"], args["weights"]], gradient(y))
+    assert torch.equal(got[0], want[1])
+    assert torch.equal(got[1], want[4])
 
 
 def test_bfloat16_is_computed_in_float32_by_the_interpreter():
@@ -450,6 +471,11 @@ def test_the_operators_pass_opcheck():
             args["b_up"], args["b_down"], "swiglu",
         )  # fmt: skip
         torch.library.opcheck(torch.ops.moe_course.fused_moe.default, (*words, True))
+        alone = tuple(
+            w.detach() if isinstance(w, torch.Tensor) and n not in (0, 4) else w
+            for n, w in enumerate(words)
+        )
+        torch.library.opcheck(torch.ops.moe_course.fused_moe.default, (*alone, True))
         frozen = tuple(w.detach() if isinstance(w, torch.Tensor) else w for w in words)
         torch.library.opcheck(torch.ops.moe_course.fused_moe.default, (*frozen, False))
     logits = torch.randn(5, 4, requires_grad=True)

@@ -68,27 +68,36 @@ def backward(
     saved: Saved,
     activation: str,
     bias_up: bool,
+    frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The launches of the backward pass: gradients of x, w_up, w_down, weights, b_up and b_down (empty without)."""
+    """The launches of the backward pass: gradients of x, w_up, w_down, weights, b_up and b_down.
+
+    Those of biases that there are none of are empty; frozen: so are those of all the experts' parameters.
+    """
+    bias_up, bias_down = bias_up and not frozen, b_down is not None and not frozen
+    none = x.new_empty(0)
     hidden, s = saved[0], SortedSlots(*saved[1:])
     tokens, k = weights.shape
     if tokens * k == 0:
-        db_up = x.new_zeros(w_up.shape[:2] if bias_up else 0)
-        db_down = x.new_zeros(w_down.shape[:2] if b_down is not None else 0)
-        zeros = (torch.zeros_like(given) for given in (x, w_up, w_down, weights))
-        dx, dw_up, dw_down, dweights = zeros
+        dx, dweights = torch.zeros_like(x), torch.zeros_like(weights)
+        dw_up, dw_down = (
+            none.clone() if frozen else torch.zeros_like(w) for w in (w_up, w_down)
+        )
+        db_up = x.new_zeros(w_up.shape[:2]) if bias_up else none
+        db_down = x.new_zeros(w_down.shape[:2]) if bias_down else none.clone()
         return dx, dw_up, dw_down, dweights, db_up, db_down
     t = _tiles(x, w_down, weights, activation)
     dhidden, scaled, dweights = gemm.activation_gradient(
         dy, w_down, b_down, hidden, weights, s, activation, t.dact
     )
-    dw_down = gemm.weight_gradient(dy, scaled, s, k, t.dw, gather_p=True)
-    dw_up = gemm.weight_gradient(dhidden, x, s, k, t.dw, gather_q=True)
+    dw_up, dw_down, db_up, db_down = (none.clone() for _ in range(4))
+    if not frozen:
+        dw_down = gemm.weight_gradient(dy, scaled, s, k, t.dw, gather_p=True)
+        dw_up = gemm.weight_gradient(dhidden, x, s, k, t.dw, gather_q=True)
     del scaled
-    none = x.new_empty(0)
-    db_up = gemm.bias_gradient(dhidden, None, s, k) if bias_up else none
-    db_down = none.clone()
-    if b_down is not None:
+    if bias_up:
+        db_up = gemm.bias_gradient(dhidden, None, s, k)
+    if bias_down:
         db_down = gemm.bias_gradient(dy, weights, s, k)
     rows = gemm.row_products(dhidden, w_up, None, s, False, t.dx)
     dx = gemm.combine(rows, s.inverse, None, tokens, k)
@@ -146,23 +155,26 @@ def _backward_op(
     saved: list[Tensor],
     activation: str,
     bias_up: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, order, inverse, offsets, tile_offsets, tile_expert = saved
     return backward(
         dy, x, w_up, w_down, weights, b_down,
         (hidden, order, inverse, offsets, tile_offsets, tile_expert),
-        activation, bias_up,
+        activation, bias_up, frozen,
     )  # fmt: skip
 
 
 @_backward_op.register_fake
-def _(dy, x, w_up, w_down, weights, b_down, saved, activation, bias_up):
+def _(dy, x, w_up, w_down, weights, b_down, saved, activation, bias_up, frozen):
     def empty(given: Tensor) -> Tensor:
         return torch.empty_like(given, memory_format=torch.contiguous_format)
 
-    db_up = x.new_empty(w_up.shape[:2] if bias_up else 0)
-    db_down = x.new_empty(w_down.shape[:2] if b_down is not None else 0)
-    return empty(x), empty(w_up), empty(w_down), empty(weights), db_up, db_down
+    dw_up, dw_down = (x.new_empty(0) if frozen else empty(w) for w in (w_up, w_down))
+    db_up = x.new_empty(w_up.shape[:2] if bias_up and not frozen else 0)
+    bias_down = b_down is not None and not frozen
+    db_down = x.new_empty(w_down.shape[:2] if bias_down else 0)
+    return empty(x), dw_up, dw_down, empty(weights), db_up, db_down
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -176,9 +188,14 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, dy, *_):
     x, w_up, w_down, weights, b_down, *saved = ctx.saved_tensors
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    # A gradient of the experts is a product as large as each of the others, and as large as the experts.
+    frozen = not any(ctx.needs_input_grad[i] for i in (1, 2, 5, 6))
     dx, dw_up, dw_down, dweights, db_up, db_down = _backward_op(
-        dy, x, w_up, w_down, weights, b_down, saved, ctx.activation, ctx.bias_up
-    )
+        dy, x, w_up, w_down, weights, b_down, saved,
+        ctx.activation, ctx.bias_up, frozen,
+    )  # fmt: skip
+    if frozen:
+        return dx, None, None, None, dweights, None, None, None, None
     return (
         dx, dw_up, dw_down, None, dweights,
         db_up if ctx.bias_up else None, None if b_down is None else db_down,
@@ -301,9 +318,11 @@ def fused_moe(
         )  # fmt: skip
         return y.to(x.dtype)
     x = x if x.stride(1) == 1 else x.contiguous()
+    if expert_ids.dtype == torch.int64:  # whose upper half a cast would drop
+        expert_ids = expert_ids.clamp(-1, len(w_up)).to(torch.int32)
     inputs = [
         None if given is None else given.contiguous()
-        for given in (w_up, w_down, expert_ids.to(torch.int32), weights, b_up, b_down)
+        for given in (w_up, w_down, expert_ids, weights, b_up, b_down)
     ]
     save = torch.is_grad_enabled() and any(
         given is not None and given.requires_grad for given in (x, *inputs)
