@@ -204,6 +204,75 @@ def test_a_program_that_needs_another_s_result_is_noticed():
     assert "program 1 loads element [0] of y, which program 0" in seen.races[0]
 
 
+def test_what_another_program_stores_later_is_noticed():
+    x, y = torch.ones(20), torch.zeros(16)
+    with trace() as seen:
+        k.from_the_next[(4,)](x, y, BLOCK=4)
+    text = "program 0 loads element [4] of x, which program 1 of the same launch stores"
+    assert seen.races[0] == text
+    x, y = torch.ones(20), torch.zeros(16)
+    with trace() as seen:
+        for _ in range(3):
+            k.from_the_next[(1,)](x, y, BLOCK=4)
+    assert not seen.races
+
+
+def test_sums_of_floats_have_another_order_than_the_interpreter_s():
+    x = torch.tensor([[2.0**24, 1], [-(2.0**24), 2], [1, 3], [0.5, 4]])
+    y = torch.zeros(2)
+    with trace():
+        k.column_sums[(1,)](x, y, ROWS=4, COLUMNS=2)
+    assert y[0] != 1.5  # what comes out from the first to the last
+    assert y[1] == 10
+
+
+def test_what_a_compiler_refuses_is_noticed():
+    x, y = torch.ones(4), torch.zeros(4)
+    with trace() as seen:
+        k.foreign[(1,)](x, y)
+    assert torch.equal(y, torch.full((4,), 2.0))
+    said = "\n".join(seen.refused)
+    names = ("uses np", "uses sum", "plain, a function without", "SIZE, a global")
+    for text in (*names, "{'one': 1}", "`break`", "value.handle"):
+        assert text in said, text
+    assert "FIXED" not in said
+    assert said.count("foreign says") == 4
+    with trace() as seen:
+        k.known[(1,)](x, y)
+        k.copy[(1,)](x, y, 4, BLOCK=4)
+    assert not seen.refused
+
+
+def test_loads_and_stores_through_views_count_for_their_memory():
+    x, y = numbers(4, 4), torch.zeros(16)
+    with trace({"x": x, "y": y}) as seen:
+        k.copy[(1,)](x[1:3], y[4:], 8, BLOCK=8)
+    assert seen.loaded(x).any(axis=1).tolist() == [False, True, True, False]
+    assert seen.changed(y)
+    assert not seen.changed(x)
+
+
+def test_a_function_that_computes_the_grid_sees_no_values():
+    x, y = numbers(8), torch.zeros(8)
+    found = []
+
+    def grid(_arguments):
+        found.append(x.clone())
+        return (1,)
+
+    with trace({"x": x, "y": y}, hide=True):
+        k.copy[grid](x, y, 8, BLOCK=8)
+    assert found[0].isnan().all()
+    assert torch.equal(y, x)
+
+    def fails(_arguments):
+        raise LookupError("no grid")
+
+    with suppress(LookupError), trace({"x": x, "y": y}, hide=True):
+        k.copy[fails](x, y, 8, BLOCK=8)
+    assert torch.equal(x, numbers(8))
+
+
 def test_loads_of_what_nobody_stored_are_noticed():
     x, scratch, y = numbers(8), torch.zeros(8), torch.zeros(8)
     with trace({"x": x}) as seen:

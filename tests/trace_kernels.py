@@ -1,5 +1,7 @@
 """Small kernels that test_trace.py watches: triton reads the source of a kernel from its file."""
 
+import numpy as np
+
 from moe_course.grading.interpreter import tl, triton
 
 
@@ -53,6 +55,60 @@ def chain(y):
     i = tl.program_id(0)
     before = tl.load(y + i - 1, mask=i > 0, other=0)
     tl.store(y + i, before + 1)
+
+
+@triton.jit
+def from_the_next(x, y, BLOCK: tl.constexpr):
+    """Each program loads the block of x that the next one stores."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at + BLOCK))
+    tl.store(x + at, tl.load(x + at))
+
+
+@triton.jit
+def column_sums(x, y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    c = tl.arange(0, COLUMNS)
+    value = tl.load(x + tl.arange(0, ROWS)[:, None] * COLUMNS + c[None, :])
+    tl.store(y + c, tl.sum(value, axis=0))
+
+
+SIZE = 4
+FIXED = tl.constexpr(4)
+
+
+def plain(x):
+    return x + 1
+
+
+@triton.jit
+def helper(x):
+    return plain(x) if SIZE else x
+
+
+@triton.jit
+def foreign(x, y):
+    at = tl.arange(0, FIXED)
+    sizes = {"one": 1}
+    value = helper(tl.load(x + at)) * sizes["one"]
+    for _ in range(3):
+        value.handle.data = np.abs(value.handle.data)
+        break
+    tl.store(y + at, value + sum((0, 0)))
+
+
+@triton.jit
+def known(x, y, n: tl.constexpr = SIZE):
+    """All of this is Triton's."""
+    parts = [tl.load(x + i) for i in tl.static_range(n)]
+    first, *_rest = 0, 1
+    assert n > 0, f"{n} numbers"
+    for i in range(first, max(n, 1)):
+        if i % 2 == 0 and not (i > 8):
+            tl.store(y + i, parts[0] if n == 1 else tl.load(x + i))
+        else:
+            pass
+    while first < 1:
+        first += 1
 
 
 @triton.jit

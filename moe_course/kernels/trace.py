@@ -9,7 +9,8 @@ For instance::
 
 The interpreter runs one program after the other on the CPU and forgives what a GPU does not. So an access outside the
 tensor that its pointer was made of is refused before memory is touched, lanes that a mask leaves out without `other`
-are NaN in place of 0, and elements that two programs of a launch fight over are noticed.
+are NaN in place of 0, and elements that two programs of a launch fight over are noticed, as is what Triton's compiler
+would refuse.
 
 Needs TRITON_INTERPRET=1 before triton is first imported. Nothing else of the course is needed here, nor triton until
 `trace` is called: the judge's worker runs this very file.
@@ -17,10 +18,15 @@ Needs TRITON_INTERPRET=1 before triton is first imported. Nothing else of the co
 
 from __future__ import annotations
 
+import ast
+import builtins
+import dis
 import inspect
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -125,12 +131,15 @@ class Trace:
         self.accesses: list[Access] = []
         self.races: list[str] = []  # two programs of one launch at one element
         self.unwritten: list[str] = []  # loads of what nobody has stored
+        self.refused: list[str] = []  # what a compiler would not take
         self.outside = ""  # the access that ended a kernel
         self.dots: set[tuple[int, int, int]] = set()  # M, N, K of every tl.dot
         self._regions: list[_Region] = []
         self._writers: dict[tuple[int, int], Any] = {}
         self._strict = tensors is not None
         self._first = 0  # number of the launch's first program
+        self._from = 0  # its first access
+        self._kernels: set[Any] = set()
         for name, tensor in (tensors or {}).items():
             self._add(name, tensor, given=True)
 
@@ -175,6 +184,26 @@ class Trace:
         """Array of the tensor's shape: True where a program has stored the element, under whatever name."""
         region = _Region("", tensor, given=False)
         return self._writer(region, region.addresses()) >= 0
+
+    def loaded(self, tensor: Any) -> Any:
+        """Array of the tensor's shape: True where a program has loaded the element, under whatever name."""
+        asked = _Region("", tensor, given=False)
+        mask = np.zeros(int(np.prod(asked.shape)), dtype=bool)
+        for region in self._sharing(tensor):
+            index = asked.index(region.addresses().ravel())
+            for access in self._found("load", region.name, None):
+                own = index[access.elements]
+                mask[own[own >= 0]] = True
+        return mask.reshape(asked.shape)
+
+    def changed(self, tensor: Any) -> bool:
+        """Whether a program has stored into the tensor's memory, under whatever name."""
+        names = {region.name for region in self._sharing(tensor)}
+        return any(a.kind != "load" and a.tensor in names for a in self.accesses)
+
+    def _sharing(self, tensor: Any) -> list[_Region]:
+        memory = tensor.untyped_storage().data_ptr()
+        return [region for region in self._regions if region.storage[0] == memory]
 
     def _found(
         self, kind: str, tensor: str | None, program: int | None
@@ -223,8 +252,34 @@ class Trace:
             self._add(name, value, given=not self._strict)
 
     def launch(self, grid: tuple[int, int, int]) -> None:
-        self._first = self.count
+        self._first, self._from = self.count, len(self.accesses)
         self.launches.append(grid)
+
+    def launched(self) -> None:
+        """A launch has ended: what was loaded first and stored later, by another program, is a race, too."""
+        own = self.accesses[self._from :]
+        stored = {self._region(a.tensor).storage[0] for a in own if a.kind != "load"}
+        if self.races or not stored:
+            return
+        for access in own:
+            region = self._region(access.tensor)
+            if access.kind != "load" or region.storage[0] not in stored:
+                continue
+            writer = self._writer(region, region.addresses().ravel()[access.elements])
+            others = (writer >= self._first) & (writer != access.program)
+            if others.any():
+                self._remark(
+                    self.races,
+                    f"program {access.program} loads element {self._where(region, access.elements[others])} of "
+                    f"{region.name}, which program {int(writer[others][0])} of the same launch stores",
+                )
+
+    def kernel(self, function: Any) -> None:
+        """A kernel, or what it calls, is about to run."""
+        if function not in self._kernels:
+            self._kernels.add(function)
+            for text in _refused(function):
+                self._remark(self.refused, text)
 
     def tag(self, tensor: Any) -> int:
         """The number that a pointer to this tensor carries; 0 where it was not seen as an argument."""
@@ -338,6 +393,80 @@ class Trace:
         raise OutOfBoundsError(self.outside)
 
 
+# What Triton's compiler knows of Python's own names, and what it treats as a part of something else.
+BUILTINS = {
+    "len", "list", "range", "float", "int", "isinstance", "getattr", "hasattr", "print", "min", "max",
+}  # fmt: skip
+PARTS = (
+    ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context, ast.comprehension, ast.withitem,
+    ast.FormattedValue, ast.Starred, ast.arguments, ast.arg,
+)  # fmt: skip
+
+
+def _refused(function: Any) -> list[str]:
+    """What of a kernel the interpreter runs as Python, and a compiler would refuse."""
+    from triton.compiler.code_generator import CodeGenerator
+
+    if (function.__module__ or "").startswith("triton."):
+        return []
+    found = [
+        f"{function.__name__} uses {name}, {reason}"
+        for name in _globals_of(function.__code__)
+        if (reason := _foreign(name, function.__globals__))
+    ]
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return found  # made by exec
+    assert isinstance(tree, ast.FunctionDef)
+    for node in [n for statement in tree.body for n in ast.walk(statement)]:
+        known = isinstance(node, PARTS) or hasattr(
+            CodeGenerator, f"visit_{type(node).__name__}"
+        )
+        if not known or (isinstance(node, ast.Attribute) and node.attr == "handle"):
+            text = ast.unparse(node).splitlines()[0][:60]
+            found.append(
+                f"{function.__name__} says `{text}`, which Triton's compiler does not know"
+            )
+    return found
+
+
+def _globals_of(code: CodeType) -> list[str]:
+    """The names that are looked up outside of a function, each once."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return [*dict.fromkeys(names + [name for part in inner for name in _globals_of(part)])]  # fmt: skip
+
+
+def _foreign(name: str, names: dict[str, Any]) -> str:
+    """Why a compiler would refuse a name from outside of a kernel, "" where it would not."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITCallable
+
+    if name in BUILTINS:
+        return ""
+    if name not in names:
+        # Else it is unknown, and the kernel's own error.
+        known = hasattr(builtins, name)
+        return "which is Python's: a kernel has only what is in tl" if known else ""
+    value = names[name]
+    if isinstance(value, ModuleType):
+        foreign = value.__name__.split(".")[0] in ("torch", "numpy")
+        return "which is not there on a GPU: a kernel has only what is in tl" if foreign else ""  # fmt: skip
+    kernels = (InterpretedFunction, JITCallable, tl.constexpr, tl.dtype)
+    module = getattr(value, "__module__", None)
+    if (
+        isinstance(value, kernels)
+        or getattr(value, "__triton_builtin__", False)
+        or (isinstance(module, str) and module.startswith("triton."))
+    ):
+        return ""
+    if callable(value):
+        return "a function without @triton.jit"
+    return "a global of Python, which Triton's compiler refuses: hand it over as an argument, or make it a tl.constexpr"
+
+
 def _is_descriptor(value: object) -> bool:
     return type(value).__name__ == "TensorDescriptor"
 
@@ -410,6 +539,7 @@ def trace(
         builder.create_dot,
     )
     set_grid, convert = builder.set_grid_dim, interpreter._implicit_cvt
+    rewrite = interpreter.InterpretedFunction.rewrite
     run, semantic = interpreter.GridExecutor.__call__, interpreter.interpreter_semantic
     load_any, patch_language = semantic.load, interpreter._patch_lang
 
@@ -459,9 +589,21 @@ def trace(
         seen.dots.add((m, b.data.shape[-1], k))
         return dot(a, b, *rest)
 
+    hidden: list[tuple[Any, Any]] = []
+    shown = False
+
     def set_grid_dim(*grid: int) -> None:
+        # Only now: a function that computes the grid is no kernel.
+        nonlocal shown
         seen.launch((int(grid[0]), int(grid[1]), int(grid[2])))
         set_grid(*grid)
+        shown = True
+        for tensor, values in hidden:
+            tensor.copy_(values)
+
+    def rewritten(function: Any) -> Any:
+        seen.kernel(function.fn)
+        return rewrite(function)
 
     def implicit_cvt(argument: Any) -> Any:
         value = convert(argument)
@@ -470,6 +612,14 @@ def trace(
                 np.uint64(seen.tag(argument)) << TAG_SHIFT
             )
         return value
+
+    def total(reduction: Any, value: Any) -> Any:
+        # The interpreter adds from the first to the last, a GPU in no order that it promises.
+        data = value.handle.data
+        if data.dtype.kind == "f":
+            data = np.flip(data, axis=reduction.axis)
+        added = np.sum(data, axis=reduction.axis, keepdims=reduction.keep_dims)
+        return reduction.to_tensor(added, value.dtype)
 
     patched: set[int] = set()
 
@@ -481,7 +631,9 @@ def trace(
         return patch_language(function)
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal shown
         patched.clear()
+        shown = False
         accepted = inspect.getfullargspec(executor.fn).args
         chosen = {k: v for k, v in kwargs.items() if k in accepted}
         try:
@@ -490,14 +642,14 @@ def trace(
             arguments = {}  # the launch itself will say so
         for name, value in arguments.items():
             seen.argument(name, value)
-        for tensor, values in hidden:
-            tensor.copy_(values)
         try:
             return run(executor, *args, **kwargs)
         finally:
-            for tensor, values in hidden:
-                values.copy_(tensor)
-                tensor.fill_(np.nan)
+            if shown:
+                seen.launched()
+                for tensor, values in hidden:
+                    values.copy_(tensor)
+                    tensor.fill_(np.nan)
 
     patches = {
         "create_masked_load": masked_load,
@@ -507,10 +659,9 @@ def trace(
         "create_dot": create_dot,
         "set_grid_dim": set_grid_dim,
     }
-    hidden = []
     if hide:
         floats = [t for t in (tensors or {}).values() if t.is_floating_point()]
-        hidden = [(tensor, tensor.clone()) for tensor in floats]
+        hidden += [(tensor, tensor.clone()) for tensor in floats]
     _active = True
     try:
         with ExitStack() as stack:
@@ -522,6 +673,9 @@ def trace(
             stack.enter_context(_replaced(semantic, "load", semantic_load))
             stack.enter_context(_replaced(interpreter, "_patch_lang", patch_lang))
             stack.enter_context(_replaced(interpreter, "_implicit_cvt", implicit_cvt))
+            interpreted = interpreter.InterpretedFunction
+            stack.enter_context(_replaced(interpreted, "rewrite", rewritten))
+            stack.enter_context(_replaced(interpreter.ReduceOps, "sum", total))
             stack.enter_context(_replaced(interpreter.GridExecutor, "__call__", launch))
             yield seen
     except InterpreterError as error:
