@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,6 +81,7 @@ class Kernels:
     dots: list[list[int]]  # M, N, K of each tl.dot
     races: list[str]
     unwritten: list[str]
+    refused: list[str]  # what a compiler would not take
     read: dict[str, int]  # distinct elements of each argument that were loaded
     changed: list[str]  # arguments that were stored into
     apart: (
@@ -106,7 +108,8 @@ class Kernels:
             and lists(got.launches, int)
             and lists(got.dots, list)
             and all(lists(dot, int) and len(dot) == 3 for dot in got.dots)
-            and all(lists(n, str) for n in (got.races, got.unwritten, got.changed))
+            and all(lists(plain[n], str) for n in ("races", "unwritten", "refused"))
+            and lists(got.changed, str)
             and type(got.read) is dict
             and lists(list(got.read), str)
             and lists(list(got.read.values()), int)
@@ -150,7 +153,8 @@ def watch(
     loads, stores = seen.traffic("load"), seen.traffic("store")
     stored = None
     if type(result) is torch.Tensor and result.device.type == "cpu":
-        stored = torch.from_numpy(seen.stored(result))
+        with suppress(ValueError):  # its elements share memory
+            stored = torch.from_numpy(seen.stored(result))
     account = Kernels(
         seen.count,
         loads.operations,
@@ -162,8 +166,9 @@ def watch(
         [list(dot) for dot in sorted(seen.dots)],
         [text[:300] for text in seen.races],
         [text[:300] for text in seen.unwritten],
-        {name: int(seen.touched("load", name).sum()) for name in tensors},
-        [n for n in tensors if any(seen.traffic(k, n).operations for k in ("store", "atomic"))],
+        [text[:300] for text in seen.refused],
+        {name: int(seen.loaded(tensor).sum()) for name, tensor in tensors.items()},
+        [name for name, tensor in tensors.items() if seen.changed(tensor)],
         granted,
         stored,
     )  # fmt: skip

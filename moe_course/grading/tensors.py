@@ -164,6 +164,8 @@ def expect_kernel(
         raise fail("no kernel ran: launch it with kernel[grid](...)")
     if len(account.launches) > MOST_LAUNCHES:
         raise fail(f"{len(account.launches)} launches; one is enough")
+    if account.refused:
+        raise fail(account.refused[0])
     if account.changed:
         raise fail(f"a program stores into the argument {account.changed[0]!r}")
     if account.atomics:
@@ -182,20 +184,37 @@ def expect_kernel(
         raise fail(
             f"{account.unwritten[0]}: a kernel may load the arguments and what kernels have stored"
         )
+    same_kind = (
+        type(got) is Tensor and got.shape == want.shape and got.dtype == want.dtype
+    )
+
+    def require_stored() -> None:
+        stored = account.stored
+        if stored is None or stored.shape != want.shape:
+            raise fail("what is returned is no tensor that programs could store into")
+        if stored.numel() and not bool(stored.any()):
+            raise fail(
+                "no program has stored into the tensor that is returned: it is the kernel's to fill"
+            )
+        if not bool(stored.all()):
+            raise fail(
+                f"no program has stored the entry {(~stored).nonzero()[0].tolist()} of the result"
+            )
+
     try:
         compare(got, want, what)
     except Failure as failure:
+        if same_kind and account.stored is not None:
+            require_stored()
         made = type(got) is Tensor and got.is_floating_point()
         if made and bool(got.isnan().any()) and not bool(want.isnan().any()):
             text = (
                 f"{failure}\n    NaN is what a lane holds that a mask leaves out without other=, "
-                "and an argument while no kernel runs"
+                "what an argument holds while no kernel runs, and inf / inf"
             )
             raise Failure(text, hint=False) from None
         raise
-    stored = account.stored
-    if stored is None or stored.shape != want.shape or not bool(stored.all()):
-        raise fail("not every entry of the result was stored by a program of a kernel")
+    require_stored()
     for name, least in reads.items():
         if account.read.get(name, 0) < least:
             raise fail(

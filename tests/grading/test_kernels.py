@@ -83,7 +83,9 @@ def test_arguments_are_laid_out_apart_and_changes_seen(remote):
     assert torch.equal(wide, x)
 
 
-GOOD = Kernels(1, 2, 3, 0, 5, 6, [1], [[16, 16, 16]], [], [], {"x": 1}, [], True, None)
+GOOD = Kernels(
+    1, 2, 3, 0, 5, 6, [1], [[16, 16, 16]], [], [], [], {"x": 1}, [], True, None
+)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,7 @@ GOOD = Kernels(1, 2, 3, 0, 5, 6, [1], [[16, 16, 16]], [], [], {"x": 1}, [], True
         {"dots": [16]},
         {"races": [3]},
         {"unwritten": "none"},
+        {"refused": [1]},
         {"read": {"x": "all"}},
         {"read": [1]},
         {"apart": 1},
