@@ -27,9 +27,11 @@
 # GPU. Triton exists for Linux; where it is missing, these three questions are left out, and their points with them.
 #
 # The check watches every program. What the interpreter forgives and a GPU does not, fails here, even where the values
-# are right: a load or store outside a tensor, two programs that store the same element, `tl.dot` with a side below
-# 16. A lane that a mask leaves out is NaN unless the load says `other=`. Outside of kernels the arguments hold NaN too:
-# what torch computes earns nothing here, nor do calls into `moe_course`.
+# are right: a load or store outside a tensor, two programs that share an element that one of them stores, `tl.dot` with
+# a side below 16, and what Triton's compiler refuses (`break`, a dict, numpy, a global that is no `tl.constexpr`). Sums
+# by `tl.sum` have no order, and one program for everything leaves a GPU idle. A lane that a mask leaves out is NaN
+# unless the load says `other=`. Outside of kernels the arguments hold NaN too: what torch computes earns nothing here,
+# nor do calls into `moe_course`.
 #
 # Letters are those of the course: `T` tokens, `E` experts, `K` experts per token, `D` and `N` widths. A *slot* is one
 # choice of one token; the slot of token `t` and choice `k` has the number `t·K + k`. An expert id of `E` skips its
@@ -146,9 +148,9 @@ check("05.3", tile_map)
 #
 # $$a = \text{silu}(g) \cdot u = g \, \sigma(g) \cdot u$$
 #
-# The result [R, F] has the type of `h`, float32 or float16; compute in float32 whatever the type. `F` is any number,
-# so no block fits: mask what is past the end of the row. What lies behind the gates of a row? And behind the ups of
-# the last?
+# The result [R, F] has the type of `h`, float32 or float16; compute in float32 whatever the type. `R` may be 0, and
+# `F` is any number, so no block fits: mask what is past the end of the row. What lies behind the gates of a row? And
+# behind the ups of the last?
 #
 # The launch is yours too: how many programs, and what each of them does. `h` is contiguous.
 

@@ -6,6 +6,7 @@ RIGHT[question] is a list of answers written differently from the worked solutio
 
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -52,6 +53,18 @@ def offsets_with_skipped(expert_ids, num_experts):
     counts, ends = offsets_by_one_hot(expert_ids, num_experts)
     ends[-1] = expert_ids.numel()
     return counts, ends
+
+
+def offsets_of_eight_bits(expert_ids, num_experts):
+    hot = F.one_hot(expert_ids.flatten().long(), num_experts + 1)[:, :num_experts]
+    counts = hot.to(torch.int8).sum(0, dtype=torch.int8).int()
+    return counts, F.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def offsets_by_histogram(expert_ids, num_experts):
+    """Of one expert, min and max are both 0: histc then takes those of the ids."""
+    counts = torch.histc(expert_ids.float(), num_experts, 0, num_experts - 1).int()
+    return counts, F.pad(counts.cumsum(0), (1, 0)).int()
 
 
 def offsets_by_the_package(expert_ids, num_experts):
@@ -135,6 +148,25 @@ def tiles(offsets, block, *, span=False, floor=False, full=False, one_more=False
             found.append((e, first, min(block, ends[-1] - first)))
     columns = zip(*found, strict=True) if found else ([], [], [])
     return tuple(torch.tensor(list(c), dtype=dtype) for c in columns)
+
+
+def tiles_up_to_the_end(offsets, block):
+    """Rows up to the last row of all, not to the expert's."""
+    expert, first, _ = tiles(offsets, block)
+    return expert, first, (offsets[-1] - first).clamp(max=block).int()
+
+
+def tiles_aligned(offsets, block):
+    """Cut where the expert changes and at each multiple of the block."""
+    ends, found = offsets.tolist(), []
+    for e in range(len(ends) - 1):
+        first = ends[e]
+        while first < ends[e + 1]:
+            last = min((first // block + 1) * block, ends[e + 1])
+            found.append((e, first, last - first))
+            first = last
+    columns = zip(*found, strict=True) if found else ([], [], [])
+    return tuple(torch.tensor(list(c), dtype=torch.int32) for c in columns)
 
 
 def tiles_by_search(offsets, block):
@@ -230,6 +262,138 @@ def swiglu_whole_rows(h):
     return a
 
 
+WIDTH = 128  # a global of Python, not of Triton
+
+
+@triton.jit
+def overflow_kernel(h, a, width, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(h + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
+    u = tl.load(h + row * 2 * width + width + column, mask=inside, other=0)
+    r = g * tl.exp(g) / (1 + tl.exp(g)) * u
+    tl.store(a + row * width + column, r.to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def global_kernel(h, a, width):
+    row, column = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < width
+    g = tl.load(h + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
+    u = tl.load(h + row * 2 * width + width + column, mask=inside, other=0)
+    r = g * tl.sigmoid(g) * u
+    tl.store(a + row * width + column, r.to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def break_kernel(h, a, width, BLOCK: tl.constexpr):
+    row, start = tl.program_id(0), 0
+    while True:
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(h + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
+        u = tl.load(h + row * 2 * width + width + column, mask=inside, other=0)
+        r = g * tl.sigmoid(g) * u
+        tl.store(a + row * width + column, r.to(a.dtype.element_ty), mask=inside)
+        start += BLOCK
+        if start >= width:
+            break
+
+
+@triton.jit
+def numpy_kernel(h, a, width, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(h + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
+    u = tl.load(h + row * 2 * width + width + column, mask=inside, other=0)
+    g.handle.data = g.handle.data / (1 + np.exp(-g.handle.data))
+    tl.store(a + row * width + column, (g * u).to(a.dtype.element_ty), mask=inside)
+
+
+def swiglu_by(kernel, h, block=None):
+    """Python's globals, its statements, numpy: what the interpreter runs and no compiler takes."""
+    a = torch.empty(h.shape[0], h.shape[1] // 2, dtype=h.dtype)
+    more = {} if kernel is global_kernel else {"BLOCK": block or 256}
+    kernel[len(a), triton.cdiv(a.shape[1], 128) if not more else 1](
+        h, a, a.shape[1], **more
+    )
+    return a
+
+
+def swiglu_in_the_grid_function(h):
+    """Arguments hold their values while kernels run: not yet when the grid is computed."""
+    a = torch.empty(h.shape[0], h.shape[1] // 2, dtype=h.dtype)
+    before = []
+
+    def grid(_arguments):
+        before.append(h.clone())
+        h[:, : a.shape[1]] = swiglu_in_torch(h)
+        return (triton.cdiv(a.numel(), 256),)
+
+    def back(_arguments):
+        h.copy_(before[0])
+        return (1,)
+
+    strided_kernel[grid](h, a, a.numel(), a.shape[1], BLOCK=256)
+    strided_kernel[back](h, torch.empty_like(a), 1, a.shape[1], BLOCK=16)
+    return a
+
+
+@triton.jit
+def strided_kernel(h, a, total, width, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row_at = at // width * 2 * width + at % width
+    tl.load(h + row_at + width, mask=at < total, other=0)
+    tl.store(a + at, tl.load(h + row_at, mask=at < total, other=0), mask=at < total)
+
+
+@triton.jit
+def shift_kernel(h, a, width, UPS: tl.constexpr, BLOCK: tl.constexpr):
+    """First the ups, a row too low; then the products, each where the program before it loads its ups."""
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = column < width
+    below = a + (row + 1) * width + column
+    if UPS:
+        u = tl.load(h + row * 2 * width + width + column, mask=inside, other=0)
+        tl.store(below, u, mask=inside)
+    else:
+        g = tl.load(h + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
+        r = g * tl.sigmoid(g) * tl.load(below, mask=inside, other=0)
+        tl.store(a + row * width + column, r.to(a.dtype.element_ty), mask=inside)
+
+
+def swiglu_over_its_ups(h):
+    a = torch.empty(len(h) + 1, h.shape[1] // 2, dtype=h.dtype)
+    for ups in (True, False):
+        shift_kernel[(len(h),)](h, a, a.shape[1], UPS=ups, BLOCK=256)
+    return a[:-1]
+
+
+@triton.jit
+def swiglu_part(x):
+    return x / (1 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def loop_kernel(g, u, a, R, F, stride, BLOCK: tl.constexpr):
+    """Any number of programs; gates and ups are tensors of their own."""
+    blocks = tl.cdiv(F, BLOCK)
+    for i in tl.range(tl.program_id(0), R * blocks, tl.num_programs(0)):
+        row, column = i // blocks, i % blocks * BLOCK + tl.arange(0, BLOCK)
+        inside = column < F
+        x = tl.load(g + row * stride + column, inside, 0.0).to(tl.float32)
+        y = tl.load(u + row * stride + column, inside, 0.0)
+        tl.store(a + row * F + column, swiglu_part(x) * y, inside)
+
+
+def swiglu_loop(h, programs=4, block=128):
+    gate, up = h.chunk(2, dim=1)
+    a = h.new_empty(gate.shape)
+    grid = lambda meta: (programs, 1)  # noqa: E731
+    loop_kernel[grid](gate, up, a, *a.shape, h.stride(0), BLOCK=block)
+    return a
+
+
 def swiglu_in_torch(h):
     gate, up = h.float().chunk(2, 1)
     return (F.silu(gate) * up).to(h.dtype)
@@ -295,7 +459,7 @@ def gemm_kernel(
     x, w, token, tile_expert, tile_first, tile_rows, y, D, N, stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     FAR: tl.constexpr, OTHER: tl.constexpr, MASK_K: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr,
-    ACC: tl.constexpr, GATHER: tl.constexpr, TRANSPOSE: tl.constexpr, ONE_STEP: tl.constexpr,
+    ACC: tl.constexpr, GATHER: tl.constexpr, TRANSPOSE: tl.constexpr, ONE_STEP: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Columns first in the grid, weights loaded as [BN, BK]."""
     tile = tl.program_id(1)
@@ -326,19 +490,22 @@ def gemm_kernel(
         else:
             a = tl.load(a_at, mask=a_mask)
             b = tl.load(b_at, mask=b_mask)
-        acc = tl.dot(a, tl.trans(b), acc, out_dtype=ACC)
+        if ROUND:
+            acc += tl.dot(a, tl.trans(b)).to(y.dtype.element_ty)
+        else:
+            acc = tl.dot(a, tl.trans(b), acc, out_dtype=ACC)
     y_at = y + (first + m)[:, None] * N + n[None, :]
     tl.store(y_at, acc.to(y.dtype.element_ty), mask=real[:, None] & columns[None, :])
 
 
-def gemm(x, w, token, tile_expert, tile_first, tile_rows, block, *, bn=32, bk=16, far=True, other=True, mask_k=True, mask_m=True, mask_n=True, half=False, gather=True, transpose=False, one_step=False):  # fmt: skip
+def gemm(x, w, token, tile_expert, tile_first, tile_rows, block, *, bn=32, bk=16, far=True, other=True, mask_k=True, mask_m=True, mask_n=True, half=False, gather=True, transpose=False, one_step=False, rounded=False):  # fmt: skip
     columns = w.shape[1]
     y = x.new_empty(len(token), columns)
     acc = tl.float16 if half and x.dtype == torch.float16 else tl.float32
     gemm_kernel[(triton.cdiv(columns, bn), len(tile_expert))](
         x, w, token, tile_expert, tile_first, tile_rows, y, x.shape[1], columns, w.stride(0),
         BM=block, BN=bn, BK=bk, FAR=far, OTHER=other, MASK_K=mask_k, MASK_M=mask_m, MASK_N=mask_n,
-        ACC=acc, GATHER=gather, TRANSPOSE=transpose, ONE_STEP=one_step,
+        ACC=acc, GATHER=gather, TRANSPOSE=transpose, ONE_STEP=one_step, ROUND=rounded,
     )  # fmt: skip
     return y
 
@@ -390,7 +557,39 @@ def vector_kernel(x, w, token, tile_expert, tile_first, tile_rows, y, D, N, stri
 
 def gemm_by_rows(x, w, token, tile_expert, tile_first, tile_rows, block):
     y = torch.empty(len(token), w.shape[1], dtype=x.dtype)
-    vector_kernel[(len(tile_expert), triton.cdiv(w.shape[1], 64))](x, w, token, tile_expert, tile_first, tile_rows, y, x.shape[1], w.shape[1], w.stride(0), BLOCK=block, BN=64, BK=64)  # fmt: skip
+    vector_kernel[(len(tile_expert), triton.cdiv(w.shape[1], 64))](x, w, token, tile_expert, tile_first, tile_rows, y, x.shape[1], w.shape[1], w.stride(0), BLOCK=block, BN=64, BK=128)  # fmt: skip
+    return y
+
+
+@triton.jit
+def tiles_kernel(x, w, token, tile_expert, tile_first, tile_rows, y, M, D, N, stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Any number of programs, pointers that move on, no mask on the rows of x but a row that is there."""
+    for p in range(tl.program_id(0), M * tl.cdiv(N, BN), tl.num_programs(0)):
+        tile, n = p % M, (p // M * BN + tl.arange(0, BN)).to(tl.int64)
+        first = tl.load(tile_first + tile)
+        m = tl.arange(0, BM)
+        real = m < tl.load(tile_rows + tile)
+        t = tl.load(token + tl.where(real, first + m, first)).to(tl.int64)
+        a_at = x + t[:, None] * D + tl.arange(0, BK)[None, :]
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        b_at = w + expert * stride + n[:, None] * D + tl.arange(0, BK)[None, :]
+        acc = tl.zeros([BM, BN], tl.float32)
+        done = 0
+        while done < D:
+            inner = (done + tl.arange(0, BK) < D)[None, :]
+            a = tl.load(a_at, mask=inner, other=0.0)
+            b = tl.load(b_at, mask=inner & (n < N)[:, None], other=0.0)
+            acc += tl.dot(a.to(tl.float32), b.to(tl.float32).T, input_precision="ieee")
+            a_at += BK
+            b_at += BK
+            done += BK
+        y_at = y + (first + m)[:, None].to(tl.int64) * N + n[None, :]
+        tl.store(y_at, acc.to(y.dtype.element_ty), real[:, None] & (n < N)[None, :])
+
+
+def gemm_by_few(x, w, token, tile_expert, tile_first, tile_rows, block, programs=3):
+    y = x.new_zeros(len(token), w.shape[1])
+    tiles_kernel[(programs,)](x, w, token, tile_expert, tile_first, tile_rows, y, len(tile_expert), x.shape[1], w.shape[1], w.stride(0), BM=block, BN=64, BK=32)  # fmt: skip
     return y
 
 
@@ -486,6 +685,64 @@ def combine_tokens(y, inverse, weights, *, block=128, reverse=False, half=False,
 
 
 @triton.jit
+def variant_kernel(y, inverse, weights, out, T, D, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, HOW: tl.constexpr):  # fmt: skip
+    """Any number of programs, each with whole tokens."""
+    for t in range(tl.program_id(0), T, tl.num_programs(0)):
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            inside = d < D
+            k = tl.arange(0, KP)
+            acc = tl.zeros((BLOCK,), dtype=tl.float32)
+            if HOW == "sum":
+                row = tl.load(inverse + t * K + k, mask=k < K, other=-1)
+                w = tl.load(weights + t * K + k, mask=row >= 0, other=0.0)
+                mask = (row >= 0)[:, None] & inside[None, :]
+                v = tl.load(y + row[:, None] * D + d[None, :], mask=mask, other=0.0)
+                acc = tl.sum(w[:, None] * v, axis=0)
+            else:
+                for i in range(K):
+                    row = tl.load(inverse + t * K + i)
+                    real = row > 0 if HOW == "not row 0" else row >= 0
+                    w = tl.load(weights + t * K + i, mask=real, other=0.0)
+                    v = tl.load(y + row * D + d, mask=inside & real, other=0.0)
+                    if HOW == "weight":
+                        w = w.to(v.dtype)
+                    acc += w.to(tl.float32) * v.to(tl.float32)
+            tl.store(out + t * D + d, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def combine_variant(y, inverse, weights, *, how="", programs=0):
+    (tokens, k), width = inverse.shape, y.shape[1]
+    out = y.new_empty(tokens, width)
+    variant_kernel[(programs or tokens,)](y, inverse, weights, out, tokens, width, K=k, KP=triton.next_power_of_2(k), BLOCK=256, HOW=how)  # fmt: skip
+    return out
+
+
+@triton.jit
+def choice_kernel(y, inverse, weights, acc, out, k, K: tl.constexpr, D, BLOCK: tl.constexpr):  # fmt: skip
+    t, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(inverse + t * K + k).to(tl.int64)
+    w = tl.load(weights + t * K + k, mask=row >= 0, other=0.0)
+    r = w * tl.load(y + row * D + d, mask=(d < D) & (row >= 0), other=0.0)
+    if k > 0:
+        r += tl.load(acc + t * D + d, mask=d < D, other=0.0)
+    if k < K - 1:
+        tl.store(acc + t * D + d, r, mask=d < D)
+    else:
+        tl.store(out + t * D + d, r.to(out.dtype.element_ty), mask=d < D)
+
+
+def combine_choice_by_choice(y, inverse, weights):
+    """A launch for each choice: one comes after the other, so that nobody has to wait."""
+    (tokens, choices), width = inverse.shape, y.shape[1]
+    acc = torch.empty(tokens, width)
+    out = torch.empty_like(acc, dtype=y.dtype)
+    for k in range(choices):
+        choice_kernel[tokens, triton.cdiv(width, 256)](y, inverse, weights, acc, out, k, K=choices, D=width, BLOCK=256)  # fmt: skip
+    return out
+
+
+@triton.jit
 def atomic_kernel(y, inverse, weights, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
     """A program for a slot adds its row to its token."""
     slot = tl.program_id(0)
@@ -570,6 +827,8 @@ WRONG = {
         ("no last offset", partial(offsets, ends=False), COUNTS),
         ("skipped slots go to the last expert", partial(offsets, clamp=True), COUNTS_EDGES),
         ("skipped slots have rows", offsets_with_skipped, COUNTS_EDGES),
+        ("counts of eight bits", offsets_of_eight_bits, COUNTS_EDGES),
+        ("a histogram without a range, of one expert", offsets_by_histogram, COUNTS_EDGES),
     ],
     "05.2": [
         (PACKAGE, ordering_by_the_package, ORDER),
@@ -585,6 +844,8 @@ WRONG = {
         (PACKAGE, tiles_by_the_package, TILES),
         ("tiles span experts", partial(tiles, span=True), TILES),
         ("tails are dropped", partial(tiles, floor=True), TILES),
+        ("rows up to the end of all", tiles_up_to_the_end, TILES),
+        ("cut at multiples of the block", tiles_aligned, TILES),
         ("every tile is full", partial(tiles, full=True), TILES),
         ("rows are counted anew for each expert", partial(tiles, local=True), TILES),
         ("an empty tile after full ones", partial(tiles, one_more=True), TILES_EDGES),
@@ -597,6 +858,12 @@ WRONG = {
         ("torch, then a kernel that stores its arguments", swiglu_of_scalars, SWIGLU),
         ("torch, and a kernel for show", swiglu_with_a_kernel_for_show, SWIGLU),
         ("a kernel that stores into its argument", swiglu_in_place, SWIGLU),
+        ("torch in the function of the grid", swiglu_in_the_grid_function, SWIGLU),
+        ("numpy in the kernel", partial(swiglu_by, numpy_kernel), SWIGLU),
+        ("a global of Python in the kernel", partial(swiglu_by, global_kernel), SWIGLU),
+        ("break", partial(swiglu_by, break_kernel, block=128), SWIGLU),
+        ("an exponential that overflows", partial(swiglu_by, overflow_kernel), SWIGLU),
+        ("stores over what another program loads", swiglu_over_its_ups, SWIGLU),
         ("silu of the ups", partial(swiglu_rows, swap=True), SWIGLU),
         ("no ups", partial(swiglu_rows, no_up=True), SWIGLU),
         ("rounded to float16 on the way", partial(swiglu_rows, half=True), SWIGLU),
@@ -604,6 +871,7 @@ WRONG = {
         ("stores past the row", partial(swiglu_rows, mask_store=0), SWIGLU_ROW),
         ("stores past the row, inside the tensor", partial(swiglu_rows, mask_store=2), SWIGLU_ROW),
         ("the whole row for a few results", swiglu_whole_rows, SWIGLU_COST),
+        ("one program", partial(swiglu_loop, programs=1, block=512), SWIGLU_COST),
     ],
     "05.5": [
         (PACKAGE, gemm_by_the_package, GEMM),
@@ -614,6 +882,7 @@ WRONG = {
         ("weights not transposed", partial(gemm, transpose=True), GEMM),
         ("only the first block of the sum", partial(gemm, one_step=True), GEMM),
         ("added up in float16", partial(gemm, half=True), GEMM),
+        ("each product rounded to float16", partial(gemm, rounded=True), GEMM),
         ("tl.dot with a side of 8", partial(gemm, bk=8), GEMM),
         ("masked loads without other", partial(gemm, other=False), GEMM_RAGGED),
         ("the sum unmasked", partial(gemm, mask_k=False), GEMM_RAGGED),
@@ -621,6 +890,7 @@ WRONG = {
         ("columns unmasked", partial(gemm, mask_n=False), GEMM_RAGGED),
         ("offsets of 32 bits", partial(gemm, far=False), GEMM_FAR),
         ("row by row", gemm_by_rows, GEMM_COST),
+        ("one program", partial(gemm_by_few, programs=1), GEMM_COST),
     ],
     "05.6": [
         (PACKAGE, combine_by_the_package, COMBINE),
@@ -628,6 +898,9 @@ WRONG = {
         ("torch, then a kernel that copies", combine_copied, COMBINE),
         ("atomics", combine_atomics, COMBINE),
         ("a program for a slot, and no atomics", combine_slots, COMBINE),
+        ("row 0 for a skipped one", partial(combine_variant, how="not row 0"), COMBINE),
+        ("tl.sum over the choices", partial(combine_variant, how="sum"), COMBINE_ORDER),
+        ("weights rounded to float16", partial(combine_variant, how="weight"), COMBINE_ORDER),
         ("the last choice first", partial(combine_tokens, reverse=True), COMBINE_ORDER),
         ("added up in the type of y", partial(combine_tokens, half=True), COMBINE_ORDER),
         ("row -1 is loaded", partial(combine_tokens, skip="not at all"), COMBINE_RAGGED),
@@ -635,6 +908,7 @@ WRONG = {
         ("0 for the row, times any weight", partial(combine_tokens, skip="zero row"), COMBINE_RAGGED),
         ("columns unmasked", partial(combine_tokens, block=64, mask=False), COMBINE_RAGGED),
         ("whole rows for a few columns", partial(combine_tokens, block=256, part=16), COMBINE_COST),
+        ("one program", partial(combine_variant, programs=1), COMBINE_COST),
     ],
 }  # fmt: skip
 
@@ -642,7 +916,7 @@ RIGHT = {
     "05.1": [offsets, offsets_by_one_hot, offsets_by_search],
     "05.2": [ordering, ordering_by_rank, ordering_by_key],
     "05.3": [tiles, tiles_by_search],
-    "05.4": [swiglu_rows, swiglu_flat],
-    "05.5": [gemm, gemm_by_products],
-    "05.6": [combine_blocks, combine_tokens],
+    "05.4": [swiglu_rows, swiglu_flat, swiglu_loop],
+    "05.5": [gemm, gemm_by_products, gemm_by_few],
+    "05.6": [combine_blocks, combine_tokens, combine_choice_by_choice],
 }

@@ -6,6 +6,7 @@ The oracles are loops over slots in plain Python, and products in float64. Kerne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -56,7 +57,9 @@ def _ids_case(
 def _edges(rng: Random) -> list[dict[str, Any]]:
     nobody: dict[str, Any] = {"expert_ids": torch.full((3, 2), 4), "num_experts": 4}
     one: dict[str, Any] = {"expert_ids": torch.full((5, 1), 2), "num_experts": 6}
+    only: dict[str, Any] = {"expert_ids": torch.tensor([[0], [1]]), "num_experts": 1}
     return [
+        only,
         {"expert_ids": torch.tensor([[0, 2], [3, 1]]), "num_experts": 3},
         _ids_case(rng, 4, 2, 5, skipped=0.4),
         _ids_case(rng, 11, 3, 4, skipped=0.3),
@@ -65,6 +68,7 @@ def _edges(rng: Random) -> list[dict[str, Any]]:
         one,
         _ids_case(rng, 4, 1, 1),
         _ids_case(rng, 2, 2, 40),
+        _ids_case(rng, 1201, 2, 3, skipped=0.05),  # more than 8 or 16 bits hold
     ]
 
 
@@ -97,7 +101,8 @@ def _offsets_edges(answer: Answer, rng: Random) -> None:
 def _order(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     flat = expert_ids.flatten().tolist()
     order = [s for e in range(num_experts) for s, own in enumerate(flat) if own == e]
-    inverse = [order.index(s) if s in order else -1 for s in range(len(flat))]
+    row = {s: r for r, s in enumerate(order)}
+    inverse = [row.get(s, -1) for s in range(len(flat))]
     return _int(order), _int(inverse).reshape(expert_ids.shape)
 
 
@@ -184,6 +189,15 @@ def _bill(account: Kernels, loaded: int, written: int) -> str:
     return table
 
 
+def _require_programs(account: Kernels, shape: Sequence[int]) -> None:
+    if max(account.launches, default=0) < 2:
+        raise Failure(
+            f"a single program computes the whole result of {list(shape)}; a GPU has over 100 multiprocessors, "
+            "and all but one would idle",
+            hint=False,
+        )
+
+
 # 05.4
 
 
@@ -202,18 +216,26 @@ def _swiglu_values(answer: Answer, rng: Random) -> None:
     gate = -15 - 2 * torch.rand(2, 128, generator=torch.Generator().manual_seed(rng.getrandbits(32)))  # fmt: skip
     up = 1000 + 100 * normal(rng, 2, 128, dtype=torch.float32)
     _expect_swiglu(answer, torch.cat([gate, up], dim=1).half())
+    # exp of 95 is past float32; silu of 95 is 95.
+    gate = 95 + torch.arange(128.0).repeat(2, 1) / 4
+    _expect_swiglu(answer, torch.cat([gate, gate / 100], dim=1))
 
 
 def _swiglu_ragged(answer: Answer, rng: Random) -> None:
     for rows, width in ((1, 1), (3, 5), (2, rng.randrange(129, 170)), (5, 33)):
         _expect_swiglu(answer, normal(rng, rows, 2 * width, dtype=torch.float32))
     _expect_swiglu(answer, normal(rng, 3, 2 * 70, dtype=torch.float16))
+    _expect_swiglu(answer, normal(rng, 0, 2 * 20, dtype=torch.float32))
 
 
 def _swiglu_cost(answer: Answer, rng: Random) -> str:
     rows, width = 3, 128
     account = _expect_swiglu(answer, normal(rng, rows, 2 * width, dtype=torch.float32))
-    return _bill(account, 4 * 2 * rows * width, 4 * rows * width)
+    bill = _bill(account, 4 * 2 * rows * width, 4 * rows * width)
+    # More than a program holds in its registers.
+    h = normal(rng, 5, 2 * 2000, dtype=torch.float32)
+    _require_programs(_expect_swiglu(answer, h), (5, 2000))
+    return bill
 
 
 # 05.5
@@ -269,6 +291,11 @@ def _gemm_values(answer: Answer, rng: Random) -> None:
     # Sums of positive numbers in float16: half of them would be lost.
     case = _gemm_case(rng, [32], 128, 64, block=32, dtype=torch.float16)
     _expect_gemm(answer, case | {"x": case["x"].abs(), "w": case["w"].abs()})
+    # What the first half of the sum adds, the second takes away again, but for a little.
+    case = _gemm_case(rng, [32], 128, 64, block=32, dtype=torch.float16)
+    x, w = case["x"], case["w"]
+    x[:, 64:], w[:, :, 64:] = -x[:, :64], w[:, :, :64] * (1 + 2**-6)
+    _expect_gemm(answer, case)
 
 
 def _gemm_ragged(answer: Answer, rng: Random) -> None:
@@ -278,6 +305,7 @@ def _gemm_ragged(answer: Answer, rng: Random) -> None:
         _gemm_case(rng, [17, 0, 1], 40, 33, tokens=9),
         _gemm_case(rng, [5, 20], width, columns, block=32),
         _gemm_case(rng, [7, 18], 33, 20, dtype=torch.float16),
+        _gemm_case(rng, [0, 0], 20, 20),
     ):
         _expect_gemm(answer, case)
 
@@ -297,7 +325,9 @@ def _gemm_cost(answer: Answer, rng: Random) -> str:
     account = _expect_gemm(answer, case)
     tiles, rows = len(case["tile_expert"]), len(case["token"])
     loaded = 4 * (tiles * width * columns + rows * width + rows + 3 * tiles)
-    return _bill(account, loaded, 4 * rows * columns)
+    bill = _bill(account, loaded, 4 * rows * columns)
+    _require_programs(account, (rows, columns))
+    return bill
 
 
 # 05.6
@@ -361,6 +391,12 @@ def _combine_order(answer: Answer, rng: Random) -> None:
     y = torch.tensor([2048.0, 1.0, 1.0, 1.0, 1.0]).reshape(5, 1).repeat(1, 64).half()
     one = {"y": y, "inverse": _int([0, 1, 2, 3, 4])[None], "weights": torch.ones(1, 5)}
     _expect_combine(answer, one)
+    # (1 + 2^-12) · 2048 is 2048.5, in float16 2048; and so would be the weight.
+    y = torch.tensor([2048.0, -2048.0, 0.25]).reshape(3, 1).repeat(1, 64).half()
+    weights = torch.tensor([[1 + 2**-12, 1.0, 1.0]])
+    _expect_combine(
+        answer, {"y": y, "inverse": _int([0, 1, 2])[None], "weights": weights}
+    )
 
 
 def _combine_ragged(answer: Answer, rng: Random) -> None:
@@ -370,6 +406,7 @@ def _combine_ragged(answer: Answer, rng: Random) -> None:
         _combine_case(rng, 5, 3, 20, skipped=0.5),
         _combine_case(rng, 2, 2, 33, skipped=1.0),  # no rows at all
         _combine_case(rng, 4, 2, 70, skipped=0.3, dtype=torch.float16),
+        _combine_case(rng, 0, 2, 20),
     ):
         _expect_combine(answer, case)
     # What a token has not asked for is not its business.
@@ -389,7 +426,11 @@ def _combine_cost(answer: Answer, rng: Random) -> str:
     tokens, k, width = 3, 3, 128
     case = _combine_case(rng, tokens, k, width)
     account = _expect_combine(answer, case)
-    return _bill(account, 4 * tokens * k * (width + 2), 4 * tokens * width)
+    bill = _bill(account, 4 * tokens * k * (width + 2), 4 * tokens * width)
+    # More than a program holds in its registers.
+    case = _combine_case(rng, 5, 2, 2000)
+    _require_programs(_expect_combine(answer, case), (5, 2000))
+    return bill
 
 
 _GEMM = "book/kernels/grouped_gemm"
