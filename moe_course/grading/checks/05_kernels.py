@@ -233,8 +233,8 @@ def _swiglu_cost(answer: Answer, rng: Random) -> str:
     account = _expect_swiglu(answer, normal(rng, rows, 2 * width, dtype=torch.float32))
     bill = _bill(account, 4 * 2 * rows * width, 4 * rows * width)
     # More than a program holds in its registers.
-    h = normal(rng, 5, 2 * 2000, dtype=torch.float32)
-    _require_programs(_expect_swiglu(answer, h), (5, 2000))
+    h = normal(rng, 5, 2 * 2048, dtype=torch.float32)
+    _require_programs(_expect_swiglu(answer, h), (5, 2048))
     return bill
 
 
@@ -391,9 +391,9 @@ def _combine_order(answer: Answer, rng: Random) -> None:
     y = torch.tensor([2048.0, 1.0, 1.0, 1.0, 1.0]).reshape(5, 1).repeat(1, 64).half()
     one = {"y": y, "inverse": _int([0, 1, 2, 3, 4])[None], "weights": torch.ones(1, 5)}
     _expect_combine(answer, one)
-    # (1 + 2^-12) · 2048 is 2048.5, in float16 2048; and so would be the weight.
+    # 2048 times what float16 loses of 0.1 is 0.05: of the weight as of the product.
     y = torch.tensor([2048.0, -2048.0, 0.25]).reshape(3, 1).repeat(1, 64).half()
-    weights = torch.tensor([[1 + 2**-12, 1.0, 1.0]])
+    weights = torch.tensor([[0.1, float(torch.tensor(0.1).half()), 1.0]])
     _expect_combine(
         answer, {"y": y, "inverse": _int([0, 1, 2])[None], "weights": weights}
     )
@@ -428,8 +428,8 @@ def _combine_cost(answer: Answer, rng: Random) -> str:
     account = _expect_combine(answer, case)
     bill = _bill(account, 4 * tokens * k * (width + 2), 4 * tokens * width)
     # More than a program holds in its registers.
-    case = _combine_case(rng, 5, 2, 2000)
-    _require_programs(_expect_combine(answer, case), (5, 2000))
+    case = _combine_case(rng, 5, 2, 2048)
+    _require_programs(_expect_combine(answer, case), (5, 2048))
     return bill
 
 
@@ -599,7 +599,8 @@ EXERCISE = Exercise(
                     "adds in float32, in the order of k",
                     1,
                     _combine_order,
-                    "An accumulator of zeros in tl.float32, k = 0 first. Down-cast once, when you store.",
+                    "An accumulator of zeros in tl.float32, k = 0 first; up-cast rows before the product, and leave the "
+                    "weights in float32. Down-cast once, when you store.",
                 ),
                 Invariant(
                     "skipped slots contribute exactly 0, at ragged widths too",
