@@ -599,8 +599,8 @@ EXERCISE = Exercise(
                     "adds in float32, in the order of k",
                     1,
                     _combine_order,
-                    "An accumulator of zeros in tl.float32, k = 0 first; up-cast rows before the product, and leave the "
-                    "weights in float32. Down-cast once, when you store.",
+                    "An accumulator of zeros in tl.float32, k = 0 first; up-cast rows before the product, and leave "
+                    "the weights in float32. Down-cast once, when you store.",
                 ),
                 Invariant(
                     "skipped slots contribute exactly 0, at ragged widths too",
