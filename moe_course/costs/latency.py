@@ -48,7 +48,7 @@ class Step:
 
     @property
     def bound(self) -> str:
-        """What the step waits for: "memory", "compute" or "network"."""
+        """One of "memory", "compute" and "network", whichever the step waits for."""
         if self.network_s > max(self.memory_s, self.compute_s):
             return "network"
         return "memory" if self.memory_s >= self.compute_s else "compute"
