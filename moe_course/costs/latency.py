@@ -8,8 +8,8 @@ are read, the KV cache is read, attention computes, activations are written and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from moe_course.costs.memory import (
@@ -285,17 +285,23 @@ def crossovers(
     accelerator: Accelerator,
     context: float = 0,
     most: int = 65536,
-    **options: float,
+    bandwidth: float | None = None,
+    flops: float | None = None,
+    devices: int = 1,
 ) -> list[int]:
     """Batches, up to `most`, at which the faster of two models changes in decoding: the first batch of each new leader.
 
-    options: bandwidth, flops, devices, as in `decode_step`.
+    bandwidth, flops, devices: as in `decode_step`.
     """
 
+    def time(spec: ModelSpec, batch: int) -> float:
+        return decode_step(
+            spec, accelerator, batch, context, bandwidth=bandwidth, flops=flops,
+            devices=devices,
+        ).time_s  # fmt: skip
+
     def leads(batch: int) -> bool:
-        first = decode_step(a, accelerator, batch, context, **options)  # type: ignore[arg-type]
-        second = decode_step(b, accelerator, batch, context, **options)  # type: ignore[arg-type]
-        return first.time_s < second.time_s
+        return time(a, batch) < time(b, batch)
 
     # Between two powers of 2^(1/8) the leader changes at most once: both times are smooth there.
     grid = sorted({round(2 ** (i / 8)) for i in range(8 * 16 + 1)} | {1, most})
@@ -311,7 +317,7 @@ def crossovers(
     return found
 
 
-def _first(holds) -> float:  # type: ignore[no-untyped-def]
+def _first(holds: Callable[[float], bool]) -> float:
     """The least number at which a property that stays true becomes true, to a millionth; inf above 10^9."""
     low, high = 0.0, 1.0
     while not holds(high):
@@ -352,17 +358,10 @@ def offloaded_step(
     stored = spec.breakdown()["experts"].total * precision.expert_bytes
     distinct = expected_distinct_experts(spec.moe.experts, spec.moe.k, batch)
     fetched = (1 - resident) * stored * distinct / spec.moe.experts
-    return Step(
-        tokens=whole.tokens,
-        flops=whole.flops,
-        weight_bytes=whole.weight_bytes,
-        cache_bytes=whole.cache_bytes,
-        activation_bytes=whole.activation_bytes,
+    return replace(
+        whole,
         memory_s=max(whole.memory_s, fetched / link_bandwidth),
-        compute_s=whole.compute_s,
-        network_s=0.0,
         stored_bytes=whole.stored_bytes - (1 - resident) * stored,
-        capacity=accelerator.capacity,
     )
 
 
@@ -406,7 +405,7 @@ def speculative(
     )  # fmt: skip
     # _step computes the head for one token of each sequence; a check needs all of them.
     head = 2 * spec.vocab * spec.width * (wide - batch) / accelerator.bf16
-    checked = Step(**{**checked.__dict__, "compute_s": checked.compute_s + head})
+    checked = replace(checked, compute_s=checked.compute_s + head)
     speedup = expected * plain.time_s / checked.time_s
     return Speculation(expected, checked, speedup)
 

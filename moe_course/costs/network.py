@@ -30,7 +30,7 @@ def all_to_all_bytes(
     backward pass does both once more: four times this a layer and training step. Raises ValueError unless all are
     positive.
     """
-    if min(tokens, 0) < 0 or min(width, k, ranks) < 1 or bytes_per_number <= 0:
+    if tokens < 0 or min(width, k, ranks) < 1 or bytes_per_number <= 0:
         raise ValueError(
             f"tokens must not be negative and width, k, ranks and bytes be positive, got {tokens}, {width}, {k}, "
             f"{ranks} and {bytes_per_number}"

@@ -7,7 +7,7 @@ its expert, computes there, and sends the result home, where it is weighted and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Traffic:
     counts: int = 0
     dispatch: int = 0
     combine: int = 0
-    backward: int = field(default=0)
+    backward: int = 0
 
     def total(self) -> int:
         return self.counts + self.dispatch + self.combine + self.backward
