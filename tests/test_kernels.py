@@ -31,6 +31,7 @@ from moe_course.kernels import (
 from moe_course.kernels import fused_moe as _public
 from moe_course.kernels.decode import fits_decode
 from moe_course.kernels.tiles import Tile
+from moe_course.kernels.trace import trace
 from moe_course.layers import Experts, MoE, TopKRouter
 from moe_course.layers import routing as reference
 from moe_course.layers.experts import ACTIVATIONS, GATED
@@ -488,6 +489,22 @@ def test_the_layer_traces_into_one_graph():
         lambda x: fused_moe(**(args | {"x": x})), backend="aot_eager", fullgraph=True
     )
     assert torch.equal(compiled(args["x"]), fused_moe(**args))
+
+
+@pytest.mark.parametrize("T", [1, 37], ids=["decode", "tiles"])
+def test_no_program_touches_what_is_not_its_own(T):
+    """An access outside a tensor is refused even where its value is masked away later."""
+    args = make(T, 21, 19, 3, 2, bias=True)
+    with torch.no_grad():
+        want = fused_moe(**args)
+        with trace() as seen:
+            got = fused_moe(**args)
+    torch.testing.assert_close(got, want)  # watched sums run in another order
+    assert seen.races == []
+    if T > 1:
+        with trace() as seen:
+            run(args)
+        assert seen.races == []
 
 
 # ---- Sort -------------------------------------------------------------------------------------------------------
