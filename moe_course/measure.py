@@ -25,8 +25,9 @@ BYTES = 4  # of a float32
 def decode_specs(
     layers: int = 4, width: int = 1024, hidden: int = 2816, vocab: int = 4096
 ) -> dict[str, ModelSpec]:
-    """A sparse model (8 experts, 2 used), and dense ones of its total and of its active size: 1.2, 1.2 and 0.35 GB
-    in float32.
+    """A sparse model (8 experts, 2 used), and dense ones of its total and active size.
+
+    As they are, 1.2, 1.2 and 0.35 GB in float32.
     """
     attention = GQA(width // 64, max(1, width // 256), 64)
     shaped = partial(
@@ -112,7 +113,10 @@ def seconds_per_weight(
 def decode_seconds(
     specs: Mapping[str, ModelSpec], batches: Sequence[int], rounds: int = 3
 ) -> dict[int, dict[str, float]]:
-    """Median seconds of a decode step of random models of these shapes, by batch: one token each, no context."""
+    """Median seconds of a decode step of random models of these shapes, by batch.
+
+    One token for each of the batch, without context.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         models = {name: Transformer(spec).eval() for name, spec in specs.items()}
@@ -133,11 +137,13 @@ def decode_seconds(
 def step_from_products(
     spec: ModelSpec, batch: int, each_weight: Mapping[int, float]
 ) -> float:
-    """Seconds of a decode step, from what products with so many rows cost (`seconds_per_weight`).
+    """Seconds of a decode step, from what products with so many rows cost.
 
-        time = (weights that every token meets) · s(B)  +  (distinct experts) · (weights of one) · s(B·K / distinct)
+        time = (weights that every token meets) · s(B)
+             + (distinct experts) · (weights of one) · s(B·K / distinct)
 
-    s between the measured numbers of rows: a straight line between the logarithms of both.
+    s: seconds for each weight of a product with so many rows (`seconds_per_weight`);
+    between the measured ones a straight line between the logarithms of both.
     """
     rows = np.log(list(each_weight))
     logs = np.log(list(each_weight.values()))

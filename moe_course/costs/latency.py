@@ -70,8 +70,9 @@ def touched_weights(
 ) -> float:
     """Bytes of weights that a step of so many tokens reads.
 
-    Everything but the routed experts once, of those the expected number of distinct ones in each layer; of the input
-    embedding one row a token (at most all of it), unless it is tied to the output head, which is read whole.
+    Everything but the routed experts once, of those the expected number of distinct
+    ones in each layer; of the input embedding one row a token (at most all of it),
+    unless it is tied to the output head, which is read whole.
     """
     parts = spec.breakdown()
     experts = 0.0

@@ -68,13 +68,15 @@ def estimate_inference_latency(
     hbm_bandwidth_TB_s: float = 2.0,
     tflops: float = 312.0,
 ) -> dict[str, Any]:
-    """Time of one step, as the sources compute it: every stored weight is read, whatever the batch.
+    """Time of one step, as the sources compute it: all stored weights are read.
 
-        time = max(2 bytes · stored parameters / bandwidth,  2 · active parameters · tokens / FLOP rate)
+        time = max(2 bytes · stored parameters / bandwidth,
+                   2 · active parameters · tokens / FLOP rate)
 
-    Parameters in billions. What to know: a sparse model reads only the experts that some token of the batch chose, so
-    this is wrong for it below some tens of tokens (`costs.decode_step`); KV cache, attention, communication and launch
-    overhead are left out, and a model that does not fit the memory gets a time all the same.
+    Parameters in billions. What to know: a sparse model reads only the experts that
+    some token of the batch chose, so this is wrong for it below some tens of tokens
+    (`costs.decode_step`); KV cache, attention, communication and launch overhead are
+    left out, and a model that does not fit the memory gets a time all the same.
     """
     memory_s = model_params_B * 1e9 * 2 / (hbm_bandwidth_TB_s * 1e12)
     tokens = batch_size * seq_len
