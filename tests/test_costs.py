@@ -18,7 +18,7 @@ from moe_course.costs import placement
 from moe_course.costs.memory import BF16, Precision
 from moe_course.specs import zoo
 from moe_course.specs.hardware import accelerators
-from moe_course.specs.model import FFN, GQA, ModelSpec
+from moe_course.specs.model import FFN, GQA, MLA, ModelSpec, RoutedExperts
 
 A100 = accelerators["A100-80GB"]
 MIXTRAL, LLAMA = zoo["mixtral-8x7b"], zoo["llama-2-70b"]
@@ -358,6 +358,159 @@ def test_tokens_per_day_and_price():
         costs.training_tokens_per_day(LLAMA, A100, 64, 0)
     with pytest.raises(ValueError, match="busy"):
         costs.serving_cost(1000, 1, 1, busy=2)
+
+
+def test_training_flops_are_those_that_deepseek_prints():
+    """arXiv:2505.09343, table 2, at 4,096 tokens: MLA trains unfolded, and causally. The latent form gives 324."""
+    for name, printed in (("deepseek-v2", 155), ("deepseek-v3", 250)):
+        got = costs.training_flops_per_token(zoo[name], 4096) / 1e9
+        assert got == pytest.approx(printed, abs=1), name
+
+
+def test_training_flops_without_causality_are_those_of_palm():
+    """6N + 12LHQT (arXiv:2204.02311, appendix B), with N the weights that multiply."""
+    weights = LLAMA.active_params(include_embedding=False)
+    want = 6 * weights + 12 * 80 * 64 * 128 * 4096
+    assert costs.training_flops_per_token(LLAMA, 4096, causal=False) == want
+
+
+def test_implied_mfu_is_what_deepseek_measured():
+    """arXiv:2505.09343, table 4: 272.80 billion tokens a day on 2,048 H800, whose tensor cores are an H100's."""
+    day = costs.training_mfu(
+        zoo["deepseek-v3"], accelerators["H100-SXM"], 272.80e9, 2048 * 24, 4096
+    )
+    assert day == pytest.approx(0.3894, abs=0.002)
+    full = costs.training_mfu(
+        zoo["deepseek-v3"], accelerators["H100-SXM"], 272.80e9, 2048 * 24, 4096,
+        causal=False,
+    )  # fmt: skip
+    assert full == pytest.approx(0.4373, abs=0.002)
+
+
+@settings(max_examples=30)
+@given(
+    name=st.sampled_from(sorted(zoo)),
+    mfu=st.floats(0.01, 1),
+    devices=st.integers(1, 10_000),
+    context=st.integers(0, 131_072),
+    causal=st.booleans(),
+)
+def test_implied_mfu_undoes_tokens_per_day(name, mfu, devices, context, causal):
+    spec = zoo[name]
+    tokens = costs.training_tokens_per_day(spec, A100, devices, mfu, context, causal)
+    implied = costs.training_mfu(spec, A100, tokens, devices * 24, context, causal)
+    assert implied == pytest.approx(mfu)
+
+
+def test_bad_trainings_and_prices_are_refused():
+    with pytest.raises(ValueError, match="devices must be at least 1"):
+        costs.training_tokens_per_day(LLAMA, A100, 0, 0.4)
+    with pytest.raises(ValueError, match="device_hours must be positive"):
+        costs.training_mfu(LLAMA, A100, 1e12, 0)
+    with pytest.raises(ValueError, match="devices must be at least 1"):
+        costs.serving_cost(1000, 0, 1.0)
+    with pytest.raises(ValueError, match="price not negative"):
+        costs.serving_cost(1000, 1, -1.0)
+    with pytest.raises(ValueError, match="copies"):
+        costs.training_memory(MIXTRAL, 1, copies=-1)
+    with pytest.raises(ValueError, match="divide the 8 experts"):
+        costs.training_memory(MIXTRAL, 1, devices=16, expert_parallel=16)
+
+
+def activation_bytes(spec, **options):
+    """Of one token in one layer, the logits aside."""
+    kept = costs.training_memory(spec, 1, **options).activations - 4 * spec.vocab
+    return kept / spec.layers
+
+
+def test_activations_of_a_gpt_are_those_of_korthikanti():
+    """34·D bytes less the masks of two dropouts, one byte each (arXiv:2205.05198, section 4.1)."""
+    D = 64
+    gpt = ModelSpec("gpt", 3, D, 100, GQA(4, 4, 16), FFN(4 * D, gated=False))
+    assert activation_bytes(gpt) == 34 * D - 2 * D
+    assert activation_bytes(gpt, recompute=True) == 2 * D
+
+
+def test_activations_of_latent_attention_written_out():
+    a = MLA(heads=4, q_rank=24, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=12)
+    spec = ModelSpec("latent", 2, 64, 100, a, FFN(128))
+    numbers = [64, 64, 64, 64]  # in front of two norms and of two blocks
+    numbers += [24, 24, 32 + 8, 32]  # latents: before and behind their norms
+    numbers += [4 * 24, 4 * 24, 4 * 12, 4 * 12]  # queries, keys, values, output
+    numbers += [128, 128, 128]  # gate, up, product
+    assert activation_bytes(spec) == 2 * sum(numbers)
+
+
+def test_norms_on_queries_and_keys_keep_what_they_read():
+    plain, normed = (
+        ModelSpec("q", 1, 64, 100, GQA(4, 2, 16, qk_norm=norm), FFN(128))
+        for norm in ("none", "head")
+    )
+    assert activation_bytes(normed) - activation_bytes(plain) == 2 * (4 + 2) * 16
+
+
+@settings(max_examples=20, deadline=None)
+@given(T=st.integers(2, 12), E=st.integers(1, 5), data=st.data())
+def test_activations_of_experts_are_what_autograd_keeps(T, E, data):
+    """Per choice: the gathered input, the hidden numbers, and the output that the gate weight multiplies."""
+    import torch
+
+    K = data.draw(st.integers(1, E))
+    D, F = 6, 10
+    w1, w3 = torch.randn(2, E, F, D, requires_grad=True)
+    w2 = torch.randn(E, D, F, requires_grad=True)
+    x = torch.randn(T, D, requires_grad=True)
+    gates = torch.rand(T, K, requires_grad=True)
+    ids = torch.rand(T, E).argsort(dim=1)[:, :K].flatten()
+    order = ids.argsort(stable=True)
+    owners = [w.untyped_storage().data_ptr() for w in (w1, w2, w3, x, gates)]
+    kept = {}
+
+    def pack(t):
+        pointer = t.untyped_storage().data_ptr()
+        if t.is_floating_point() and pointer not in owners:
+            kept[pointer] = t  # held, so that no other tensor takes its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        rows = x[order // K]
+        out = []
+        for e, mine in enumerate(rows.split(torch.bincount(ids, minlength=E).tolist())):
+            hidden = torch.nn.functional.silu(mine @ w1[e].T) * (mine @ w3[e].T)
+            out.append(hidden @ w2[e].T)
+        weighed = torch.cat(out) * gates.flatten()[order, None]
+        weighed[order.argsort()].view(T, K, D).sum(dim=1)
+    # A fused SwiGLU does not keep silu(gate): F numbers fewer. The gathered gates are one number a choice.
+    numbers = sum(t.untyped_storage().nbytes() // 4 for t in kept.values())
+    numbers -= T * K * (F + 1)
+    moe = RoutedExperts(E, K, FFN(F))
+    spec = ModelSpec("sparse", 1, D, 100, GQA(1, 1, D), moe=moe)
+    dense = ModelSpec("dense", 1, D, 100, GQA(1, 1, D), FFN(F))
+    block = activation_bytes(spec) - activation_bytes(dense) + 2 * 3 * F
+    assert 2 * numbers == T * block
+    without = activation_bytes(spec) - activation_bytes(spec, copies=0)
+    assert without == 2 * 2 * K * D
+
+
+@settings(max_examples=40)
+@given(
+    name=st.sampled_from(["mixtral-8x7b", "llama-2-70b", "deepseek-v3"]),
+    nodes=st.integers(1, 8),
+    ep=st.sampled_from([1, 2, 4, 8]),
+    shard=st.sampled_from(["none", "optimiser", "gradients", "weights"]),
+)
+def test_shards_of_all_devices_hold_everything(name, nodes, ep, shard):
+    """Over all devices: each copied byte as often as it is copied, each sharded one once."""
+    spec, devices = zoo[name], 8 * nodes
+    got = costs.training_memory(spec, 1, devices, ep, shard)
+    experts = spec.breakdown()["experts"].total
+    copied = (spec.total_params() - experts) * devices + experts * devices / ep
+    level = ["none", "optimiser", "gradients", "weights"].index(shard)
+    for stage, each, held in (
+        (3, 2, got.weights), (2, 2, got.gradients), (1, 12, got.optimiser),
+    ):  # fmt: skip
+        want = copied if level < stage else spec.total_params()
+        assert held * devices == pytest.approx(each * want)
 
 
 # ---- Network and placement ---------------------------------------------------

@@ -52,6 +52,7 @@ from moe_course.costs.training import (
     ServingCost,
     serving_cost,
     training_flops_per_token,
+    training_mfu,
     training_tokens_per_day,
 )
 
@@ -94,6 +95,7 @@ __all__ = [
     "touched_weights",
     "training_flops_per_token",
     "training_memory",
+    "training_mfu",
     "training_tokens_per_day",
     "weight_bytes",
     "zipf_inclusion",

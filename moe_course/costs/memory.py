@@ -42,9 +42,8 @@ def weight_bytes(spec: ModelSpec, precision: Precision = BF16) -> float:
 def cache_numbers_per_token(spec: ModelSpec) -> int:
     """Numbers that one token of context adds to the KV cache, over all layers.
 
-    GQA: 2 · kv_heads · head_dim a layer (keys and values); MLA: the latent and the shared rotary key, kv_rank +
-        rope_dim
-    (arXiv:2405.04434, section 2.1). Sliding windows, which keep less, are not known to a ModelSpec.
+    GQA: 2 · kv_heads · head_dim a layer (keys and values). MLA: the latent and the shared rotary key, kv_rank +
+    rope_dim (arXiv:2405.04434, section 2.1). Sliding windows, which keep less, are not known to a ModelSpec.
     """
     a = spec.attention
     if isinstance(a, MLA):
@@ -82,63 +81,79 @@ def training_memory(
     weight: float = 2.0,
     gradient: float = 2.0,
     optimiser: float = 12.0,
+    copies: int = 2,
 ) -> TrainingMemory:
     """Bytes on one device: mixed precision with AdamW unless told otherwise.
 
     tokens: on one device, in one micro-batch.
-    devices: in data parallelism; experts are split over `expert_parallel` of them, everything else is on each.
+    devices: in data parallelism; experts are split over `expert_parallel` of them, everything else is on each. Tensor
+        and pipeline parallelism, which split more, are not counted.
     shard: what data parallelism splits instead of copying (ZeRO, arXiv:1910.02054, section 5): "none", "optimiser"
         (stage 1), "gradients" (2) or "weights" (3). Experts are split over the devices / expert_parallel that hold
-        the same.
-    recompute: keep the input of each layer alone, and compute the rest again (one more forward pass).
+        the same. Stage 3 also holds the layer that it is working on, gathered: not counted.
+    recompute: keep the input of each layer alone (2·D bytes, arXiv:2205.05198, table 2), and compute the rest again
+        (one more forward pass). While a layer is at work its own activations are there besides: not counted.
     weight, gradient, optimiser: bytes a parameter: 2 + 2 + 12 (a float32 copy and two moments; the same, section 3.1).
+    copies: vectors of D that dispatch keeps for each of a token's K choices. 2 as usual: the gathered input, which the
+        gradient of the first matrices needs, and the expert's output, which that of the gate weight needs. 0 for
+        kernels that gather on load and weigh in front of the down-projection.
 
-    Activations in bytes, two a number, attention without its T x T scores (FlashAttention keeps none): a layer keeps
-    2·D for each norm's input and 2·D for each block's, queries, keys, values and output of attention, and (1 +
-    gated)·F in front of and F behind each activation, K times for routed experts, whose inputs are not copied. Logits
-    come once: 4·V bytes. Raises ValueError on an unknown shard and on sizes that do not divide.
+    Activations in bytes, two a number; attention without its T x T scores (FlashAttention keeps none), no dropout. A
+    layer keeps D for each norm's input and 2·D for its two blocks'; queries, keys, values and output of attention, and
+    what norms inside it read; (1 + gated)·F in front of and F behind each activation, K times for routed experts.
+    With four times the width behind one activation that is 32·D bytes a token, the 34·D of arXiv:2205.05198
+    (equation 1) less two dropout masks. Experts are taken to be evenly loaded. Logits come once: 4·V bytes.
+
+    Raises ValueError on an unknown shard and on sizes that do not divide.
     """
     stages = ("none", "optimiser", "gradients", "weights")
     if shard not in stages:
         raise ValueError(f"shard must be one of {', '.join(stages)}, got {shard!r}")
+    if copies < 0:
+        raise ValueError(f"copies must not be negative, got {copies}")
     if min(tokens, devices, expert_parallel) < 1 or devices % expert_parallel:
         raise ValueError(
             "tokens, devices and expert_parallel must be at least 1 and expert_parallel divide devices, got "
             f"{tokens}, {devices} and {expert_parallel}"
         )
-    experts = spec.breakdown()["experts"].total / expert_parallel
-    rest = spec.total_params() - spec.breakdown()["experts"].total
+    if spec.moe is not None and spec.moe.experts % expert_parallel:
+        raise ValueError(
+            f"expert_parallel must divide the {spec.moe.experts} experts, got {expert_parallel}"
+        )
+    stored, experts = spec.total_params(), spec.breakdown()["experts"].total
+    copied = stored - experts + experts / expert_parallel
     level = stages.index(shard)
 
     def held(bytes_each: float, stage: int) -> float:
-        if level < stage:
-            return bytes_each * (rest + experts)
-        return bytes_each * (rest / devices + experts * expert_parallel / devices)
+        return bytes_each * (copied if level < stage else stored / devices)
 
     return TrainingMemory(
         weights=held(weight, 3),
         gradients=held(gradient, 2),
         optimiser=held(optimiser, 1),
-        activations=tokens * _activation_bytes_per_token(spec, recompute),
+        activations=tokens * _activation_bytes_per_token(spec, recompute, copies),
     )
 
 
-def _activation_bytes_per_token(spec: ModelSpec, recompute: bool) -> float:
+def _activation_bytes_per_token(spec: ModelSpec, recompute: bool, copies: int) -> float:
     if recompute:
         return 2 * spec.layers * spec.width + 4 * spec.vocab
     a = spec.attention
     if isinstance(a, MLA):
         inner = 2 * a.heads * (a.nope_dim + a.rope_dim) + 2 * a.heads * a.v_dim
-        inner += a.kv_rank + a.rope_dim + (a.q_rank or 0)
+        # Latents are read by a norm, and normalised by an up-projection.
+        inner += 2 * a.kv_rank + a.rope_dim + 2 * (a.q_rank or 0)
     else:
         inner = 2 * (a.heads + a.kv_heads) * a.head_dim
+        if a.qk_norm != "none":
+            inner += (a.heads + a.kv_heads) * a.head_dim
     sparse = len(spec.moe_layers)
-    numbers = spec.layers * (4 * spec.width + inner)
+    numbers = spec.layers * ((spec.norms_per_layer + 2) * spec.width + inner)
     if spec.ffn is not None:
         numbers += (spec.layers - sparse) * (2 + spec.ffn.gated) * spec.ffn.hidden
     if spec.moe is not None:
         one = (2 + spec.moe.expert.gated) * spec.moe.expert.hidden
-        numbers += sparse * spec.moe.k * one
+        numbers += sparse * spec.moe.k * (one + copies * spec.width)
         if spec.moe.shared is not None:
             numbers += sparse * (2 + spec.moe.shared.gated) * spec.moe.shared.hidden
     return 2 * numbers + 4 * spec.vocab
