@@ -210,6 +210,19 @@ def test_flops_of_a_step_are_what_a_sum_gives():
     assert prompt.tokens == 20
 
 
+def test_latent_attention_decodes_on_the_latent_and_reads_prompts_unfolded():
+    spec = zoo[
+        "deepseek-v3"
+    ]  # 61 layers, 128 heads, latent 512, rope 64, nope 128, v 128
+    body = spec.active_params(include_embedding=False) - spec.vocab * spec.width
+    step = costs.decode_step(spec, A100, 3, 1000)
+    scores = 61 * 3 * 1000 * 2 * 128 * (512 + 64 + 512)
+    assert step.flops == 2 * 3 * (body + spec.vocab * spec.width) + scores
+    prompt = costs.prefill(spec, A100, 1000)
+    scores = 61 * 1000 * 500 * 2 * 128 * (128 + 64 + 128)
+    assert prompt.flops == 2 * (1000 * body + spec.vocab * spec.width) + scores
+
+
 def test_precision_splits_experts_from_the_rest():
     four_bit = Precision(weights=2, experts=0.5625)
     parts = MIXTRAL.breakdown()

@@ -88,18 +88,24 @@ def touched_weights(
     return rest * precision.weights + experts * precision.expert_bytes
 
 
-def attention_flops(spec: ModelSpec, queries: float, context: float) -> float:
+def attention_flops(
+    spec: ModelSpec, queries: float, context: float, absorbed: bool = True
+) -> float:
     """FLOPs of scores and weighted values, for `queries` tokens that each look at `context` others, over all layers.
 
-    4 · heads · head_dim · context a token and layer. MLA as it is served, with its up-projections absorbed into
-    queries and outputs (arXiv:2405.04434, section 2.1.2): 2 · heads · (2 · kv_rank + rope_dim).
+    4 · heads · head_dim · context a token and layer.
+
+    absorbed: MLA as it decodes, on the latent itself, with its up-projections absorbed into queries and outputs
+        (arXiv:2405.04434, section 2.1.2): 2 · heads · (2 · kv_rank + rope_dim). False: with keys and values unfolded
+        once for all queries, as in prompts and in training: 2 · heads · (nope_dim + rope_dim + v_dim).
     """
     a = spec.attention
-    each = (
-        2 * a.heads * (2 * a.kv_rank + a.rope_dim)
-        if isinstance(a, MLA)
-        else 4 * a.heads * a.head_dim
-    )
+    if not isinstance(a, MLA):
+        each = 4 * a.heads * a.head_dim
+    elif absorbed:
+        each = 2 * a.heads * (2 * a.kv_rank + a.rope_dim)
+    else:
+        each = 2 * a.heads * (a.nope_dim + a.rope_dim + a.v_dim)
     return spec.layers * queries * context * each
 
 
@@ -208,7 +214,7 @@ def _step(
     head = spec.vocab * spec.width
     body = spec.active_params(include_embedding=False) - head
     work = 2 * (body * tokens + head * sequences)
-    work += attention_flops(spec, tokens, context)
+    work += attention_flops(spec, tokens, context, absorbed=written is None)
     stored = weight_bytes(spec, precision) + sequences * each * length
     return Step(
         tokens=tokens,
@@ -344,8 +350,8 @@ def offloaded_step(
     touched.
 
     resident: share of the routed experts' weights that stay on the device, 0 to 1, chosen without knowing the routing.
-    link_bandwidth: bytes/s from host to device; the fetch runs beside the arithmetic, so the longest of the three
-        counts (it is added to the memory time, which it usually is many times over).
+    link_bandwidth: bytes/s from host to device. The fetch runs beside arithmetic and memory, so the longest of the
+        three counts; it stands in the step's memory_s. A model without routed experts fetches nothing.
 
     Raises ValueError unless 0 <= resident <= 1 and link_bandwidth > 0.
     """

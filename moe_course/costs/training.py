@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_course.costs.latency import attention_flops
 from moe_course.specs.hardware import Accelerator
-from moe_course.specs.model import MLA, ModelSpec
+from moe_course.specs.model import ModelSpec
 
 DAY = 86400.0
 
@@ -17,23 +18,16 @@ def training_flops_per_token(
 
         6 · active weights + 3 · 4 · layers · heads · head_dim · context/2
 
-    The input embedding multiplies nothing and is left out. MLA trains with its keys and values unfolded, so heads ·
-    (nope_dim + rope_dim + v_dim) stands for 2 · heads · head_dim (served, it works on the latent instead:
-    `costs.attention_flops`).
+    The input embedding multiplies nothing and is left out. MLA trains with its keys and values unfolded
+    (`costs.attention_flops`, absorbed=False).
 
     context: tokens in a sequence, of which one sees half on average.
     causal: False counts the masked half as well, as PaLM (arXiv:2204.02311, appendix B: 6N + 12LHQT) and Megatron do.
 
     DeepSeek prints 155 (V2) and 250 (V3) GFLOP at 4,096 tokens (arXiv:2505.09343, table 2): causal.
     """
-    a = spec.attention
-    scores_and_values = (
-        a.heads * (a.nope_dim + a.rope_dim + a.v_dim)
-        if isinstance(a, MLA)
-        else 2 * a.heads * a.head_dim
-    )
     seen = context / 2 if causal else context
-    attention = 2 * spec.layers * scores_and_values * seen
+    attention = attention_flops(spec, 1, seen, absorbed=False)
     return 6 * spec.active_params(include_embedding=False) + 3 * attention
 
 
