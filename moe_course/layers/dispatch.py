@@ -189,18 +189,36 @@ def grouped(
     return combine(out, slots, x)
 
 
+def product(
+    rows: Float[Tensor, "S inputs"],
+    weight: Float[Tensor, "E outputs inputs"],
+    ends: Int[Tensor, " E"],
+) -> Float[Tensor, "S outputs"]:
+    """Each row times the matrix of its expert, W_e x; expert e owns the rows up to ends[e].
+
+    One grouped product where it can be had, else one product after the other.
+    """
+    if _fits(rows, *weight.shape[1:]) and rows.dtype == weight.dtype:
+        return F.grouped_mm(rows, weight.mT, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(rows.split_with_sizes(counts), weight.unbind(0), strict=True)
+    return torch.cat([F.linear(part, w) for part, w in parts])
+
+
 def fits_grouped_mm(x: Float[Tensor, "T D"], experts: Experts) -> bool:
     """Whether `torch.nn.functional.grouped_mm` computes these experts.
 
     It wants x and weights in the same of float32, bfloat16 and float16 (no float64), rows of a multiple of 16 bytes
     (D and F multiples of 4 in float32, of 8 in bfloat16), and on a GPU compute capability 8.0.
     """
-    weight = experts.w_up
+    same = x.dtype == experts.w_up.dtype
+    return same and _fits(x, experts.width, experts.hidden)
+
+
+def _fits(x: Tensor, *sizes: int) -> bool:
     return (
-        x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and experts.width * x.element_size() % 16 == 0
-        and experts.hidden * x.element_size() % 16 == 0
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(size * x.element_size() % 16 == 0 for size in sizes)
         and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
     )
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moe_course.layers.routing import Slots
+
 CLAMP = 7.0  # gpt-oss: its gate and up projections are cut off here
 
 
@@ -33,7 +35,7 @@ ACTIVATIONS = GATED | {"gelu": F.gelu, "relu": F.relu}
 
 
 class Experts(nn.Module):
-    """E FFNs of equal size in one stack of weights; it computes nothing by itself, `layers.dispatch` does.
+    """E FFNs of equal size in one stack of weights.
 
         y = W_down,e act(W_up,e x + b_up,e) + b_down,e
 
@@ -83,6 +85,14 @@ class Experts(nn.Module):
             for weight in weights:
                 if weight is not None:
                     nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+
+    def forward(
+        self, x: Float[Tensor, "T D"], slots: Slots, dispatch: str = "grouped"
+    ) -> Float[Tensor, "T D"]:
+        """The weighted sum over each token's slots, computed in one of the ways of `layers.dispatch`."""
+        from moe_course.layers.dispatch import DISPATCH  # which reads this module
+
+        return DISPATCH[dispatch](x, slots, self)
 
     def activate(self, z: Float[Tensor, "... rows"]) -> Float[Tensor, "... F"]:
         """What stands between the two products: rows is 2F for gated activations, else F."""

@@ -85,7 +85,7 @@ class MoE(nn.Module):
         ids = None if token_ids is None else token_ids.flatten()
         length = x.shape[-2] if x.ndim > 1 else 1
         routing, slots = self._route(tokens, mask, ids, length)
-        y = DISPATCH[self.dispatch](tokens, slots, self.experts)
+        y = self.experts(tokens, slots, self.dispatch)
         if self.shared is not None:
             shared = self.shared(tokens)
             if self.shared_gate is not None:

@@ -180,7 +180,7 @@ class ExpertParallelMoE(nn.Module):
         order = of_row.argsort(stable=True)
         ones = arrived.new_ones(len(order))
         here = Slots(order, of_row[order], ones)
-        out = DISPATCH[self.dispatch](arrived, here, self.experts)
+        out = self.experts(arrived, here, self.dispatch)
         return _all_to_all(out, received, sent, self.group, self.traffic, "combine")
 
 

@@ -1,0 +1,1 @@
+"""Fine-tuning of sparse models: adapters on stacked experts."""
