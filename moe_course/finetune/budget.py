@@ -14,7 +14,9 @@ class Budget:
     trainable: int
     frozen: int
     weight: float = 2.0  # bytes a frozen parameter
-    trained: float = 16.0  # bytes a trained one: weight, gradient, float32 copy, two moments
+    trained: float = (
+        16.0  # bytes a trained one: weight, gradient, float32 copy, two moments
+    )
 
     @property
     def bytes(self) -> float:

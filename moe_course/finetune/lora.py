@@ -8,7 +8,6 @@ so many experts are one grouped product, and B A is never formed except to merge
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe_course.layers import Experts, MoE, Slots, Transformer
+from moe_course.layers import DecoderBlock, Experts, MoE, Slots
 from moe_course.layers.dispatch import combine, gather, product, slot_ends
 from moe_course.layers.experts import GATED
 
@@ -111,7 +110,9 @@ class LowRank(nn.Module):
 class LoRALinear(nn.Module):
     """A linear map with its LoRA; the map itself is frozen."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float, rs: bool) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, dropout: float, rs: bool
+    ) -> None:
         super().__init__()
         self.linear = linear.requires_grad_(False)
         self.lora = LowRank(
@@ -158,9 +159,7 @@ class LoRAExpertAdapter(nn.Module):
         if not isinstance(experts, Experts):
             if not isinstance(rank, int):
                 raise ValueError(f"a single expert has one rank, got {rank}")
-            for name, child in experts.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(experts, name, LoRALinear(child, rank, alpha, dropout, rs))
+            _adapt_linear_maps(experts, rank, alpha, dropout, rs)
             return
         e, d, f = experts.num_experts, experts.width, experts.hidden
         parts = 2 if experts.activation in GATED and not joint else 1
@@ -175,9 +174,12 @@ class LoRAExpertAdapter(nn.Module):
         return cast("Experts", self.experts).num_experts
 
     def forward(
-        self, x: Float[Tensor, "T D"], slots: Slots | None = None, dispatch: str = "grouped"
+        self,
+        x: Float[Tensor, "T D"],
+        slots: Slots | None = None,
+        dispatch: str = "grouped",
     ) -> Float[Tensor, "T D"]:
-        """The weighted sum over each token's experts, as `layers.Experts` computes it; of a single expert its output."""
+        """The weighted sum over each token's experts, as of `layers.Experts`; of a single expert its output."""
         bank = self.experts
         if self.up is None:
             return bank(x)
@@ -196,6 +198,14 @@ class LoRAExpertAdapter(nn.Module):
         if bank.b_down is not None:
             out = out + F.embedding(slots.expert, bank.b_down)
         return combine(out, slots, x)
+
+
+def _adapt_linear_maps(
+    module: nn.Module, rank: int, alpha: float, dropout: float, rs: bool
+) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, LoRALinear(child, rank, alpha, dropout, rs))
 
 
 def apply_lora_to_moe(
@@ -219,25 +229,26 @@ def apply_lora_to_moe(
     """
     layers = [m for m in model.modules() if isinstance(m, MoE)]
     if not layers:
-        raise ValueError("there is no sparse layer (moe_course.layers.MoE) in the model")
+        raise ValueError(
+            "there is no sparse layer (moe_course.layers.MoE) in the model"
+        )
     if not (experts or shared or attention or train_router):
-        raise ValueError("nothing to train: ask for experts, shared, attention or train_router")
+        raise ValueError(
+            "nothing to train: ask for experts, shared, attention or train_router"
+        )
     model.requires_grad_(False)
     one = rank if isinstance(rank, int) else max(rank)
     for layer in layers:
         if experts:
-            layer.experts = LoRAExpertAdapter(
-                layer.experts, rank, alpha, dropout, rs, joint
-            )
+            adapter = LoRAExpertAdapter(layer.experts, rank, alpha, dropout, rs, joint)
+            layer.experts = cast("Experts", adapter)  # stands in for them
         if shared and layer.shared is not None:
             layer.shared = LoRAExpertAdapter(layer.shared, one, alpha, dropout, rs)
         if train_router:
             layer.router.requires_grad_(True)
-    if attention and isinstance(model, Transformer):
-        for block in model.blocks:
-            for name, child in list(block.attention.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(block.attention, name, LoRALinear(child, one, alpha, dropout, rs))
+    if attention:
+        for block in (m for m in model.modules() if isinstance(m, DecoderBlock)):
+            _adapt_linear_maps(block.attention, one, alpha, dropout, rs)
     return model
 
 
@@ -247,7 +258,9 @@ def count_trainable_params(model: nn.Module) -> tuple[int, int]:
     return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[Tensor, LowRank]]]]:
+def _adapted(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module, list[tuple[Tensor, LowRank]]]]:
     """Each module that has LoRA, with its frozen weights [E, out, in] and what is added to them."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
@@ -259,7 +272,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[Tensor, L
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Add every s·B A to its weight, in place: the same function to rounding, at no cost. A second call does nothing."""
+    """Add every s·B A to its weight, in place: the same function to rounding, without cost. Twice is once."""
     for module, pairs in _adapted(model):
         if not module.merged:
             for weight, low_rank in pairs:
@@ -309,7 +322,9 @@ def load_adapters(model: nn.Module, path: Path) -> nn.Module:
     read, own = load_file(path), dict(model.named_parameters())
     needed = set(adapter_weights(model))
     if missing := sorted(needed - set(read)):
-        raise ValueError(f"{path.name} lacks {missing[0]} ({len(missing)} missing): apply the same LoRA that was saved")
+        raise ValueError(
+            f"{path.name} lacks {missing[0]} ({len(missing)} missing): apply the same LoRA that was saved"
+        )
     for name, tensor in read.items():
         if name not in own or own[name].shape != tensor.shape:
             found = list(own[name].shape) if name in own else "nothing of that name"
@@ -321,7 +336,9 @@ def load_adapters(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def to_peft(low_rank: LowRank) -> tuple[Float[Tensor, "Er inputs"], Float[Tensor, "outputs rE"]]:
+def to_peft(
+    low_rank: LowRank,
+) -> tuple[Float[Tensor, "Er inputs"], Float[Tensor, "outputs rE"]]:
     """lora_A and lora_B as PEFT keeps them for a stacked parameter (`target_parameters`).
 
     In lora_A the expert is the slow index of the E·r rows, in lora_B the fast one of the r·E columns. Raises ValueError

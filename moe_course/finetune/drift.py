@@ -1,0 +1,94 @@
+"""How far a router has moved: which choices are still the same, and how its probabilities changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe_course.balance import router_saturation
+from moe_course.layers import Routing
+
+
+def router_kl(
+    before: Float[Tensor, "T E"], after: Float[Tensor, "T E"]
+) -> Float[Tensor, " T"]:
+    """KL(before ‖ after) of each token's probabilities, in nats, from the logits: what agreement does not see.
+
+    sum over e of p_e · (log p_e - log q_e)
+    """
+    log_p = before.double().log_softmax(-1)
+    log_q = after.double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Of one sparse layer, means over tokens."""
+
+    agreement: float  # share of a token's experts that are still its experts (`balance.router_saturation`)
+    kl: float  # KL(before ‖ after) in nats
+    load_before: list[float]  # share of the assignments by expert
+    load_after: list[float]
+
+
+def drift_of(before: Routing, after: Routing) -> Drift:
+    """Compare two routings of the same tokens."""
+    experts = before.logits.shape[1]
+
+    def load(ids: Tensor) -> list[float]:
+        counts = torch.bincount(ids[ids < experts].flatten(), minlength=experts)
+        return (counts / max(1, int(counts.sum()))).tolist()
+
+    return Drift(
+        router_saturation(before.expert_ids, after.expert_ids).item(),
+        router_kl(before.logits, after.logits).mean().item(),
+        load(before.expert_ids),
+        load(after.expert_ids),
+    )
+
+
+@torch.no_grad()
+def router_drift(
+    before: nn.Module, after: nn.Module, token_ids: Int[Tensor, "B S"]
+) -> list[Drift]:
+    """Drift of every sparse layer between two models that map token ids to (logits, routings), on the same text.
+
+    What a layer's router sees changes with the layers below it, so a frozen router drifts as well.
+    """
+    routings: list[Sequence[Routing]] = []
+    for model in (before, after):
+        training = model.training
+        model.eval()
+        routings.append(model(token_ids)[1])
+        model.train(training)
+    return [drift_of(b, a) for b, a in zip(*routings, strict=True)]
+
+
+def relevant_experts(
+    routing: Routing, share: float, by: str = "weight"
+) -> Bool[Tensor, " E"]:
+    """The fewest experts that carry `share` of a domain's routing (ESFT: arXiv:2407.01906, section 3.2).
+
+    by: "weight", the mean gate weight, or "tokens", the share of the assignments. Raises ValueError on another word and
+    on a share outside 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in 0..1, got {share}")
+    if by not in ("weight", "tokens"):
+        raise ValueError(f"by must be 'weight' or 'tokens', got {by!r}")
+    experts = routing.logits.shape[1]
+    each = routing.weights if by == "weight" else torch.ones_like(routing.weights)
+    taken = routing.expert_ids < experts
+    score = each.new_zeros(experts).index_put(
+        (routing.expert_ids[taken],), each[taken], accumulate=True
+    )
+    score = score.double() / score.sum()
+    order = score.argsort(descending=True, stable=True)
+    before = score[order].cumsum(0) - score[order]
+    chosen = torch.zeros(experts, dtype=torch.bool, device=score.device)
+    chosen[order[before < share - 1e-12]] = True
+    return chosen
