@@ -1,7 +1,7 @@
 """Rates of this machine and decode steps on it: what the cost model is held against.
 
 Everything runs on one CPU thread in float32, and a time is CPU time of that thread: other work on the machine then
-costs memory bandwidth at most. Contenders take turns, and medians count.
+costs what is shared, bandwidth, caches and clock rate. Contenders take turns, and medians count.
 """
 
 from __future__ import annotations
@@ -143,13 +143,20 @@ def step_from_products(
              + (distinct experts) · (weights of one) · s(B·K / distinct)
 
     s: seconds for each weight of a product with so many rows (`seconds_per_weight`);
-    between the measured ones a straight line between the logarithms of both.
+    between the measured ones a straight line between the logarithms of both. Raises
+    ValueError for rows outside of what was measured.
     """
-    rows = np.log(list(each_weight))
-    logs = np.log(list(each_weight.values()))
+    measured = sorted(each_weight)
+    costs = [each_weight[n] for n in measured]
 
     def s(n: float) -> float:
-        return float(np.exp(np.interp(np.log(n), rows, logs)))
+        # 1 may come out as 1 + 1e-16 of B·K / distinct.
+        if not measured[0] * (1 - 1e-9) <= n <= measured[-1] * (1 + 1e-9):
+            raise ValueError(
+                f"products were measured with {measured[0]} to {measured[-1]} rows, "
+                f"this step needs {n:g}"
+            )
+        return float(np.exp(np.interp(np.log(n), np.log(measured), np.log(costs))))
 
     parts = spec.breakdown()
     experts = parts["experts"].total

@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -208,6 +209,33 @@ def test_flops_of_a_step_are_what_a_sum_gives():
     body = 2 * (weights - head) * 20 + 2 * head * 2
     assert prompt.flops == body + costs.attention_flops(spec, 20, 5)
     assert prompt.tokens == 20
+
+
+def test_activations_count_every_ffn():
+    spec = zoo[
+        "deepseek-v3"
+    ]  # 58 layers with a shared expert of 2048 besides 8 of 2048
+    without = replace(spec, moe=replace(spec.moe, shared=None))
+    more = costs.activation_traffic(spec, 5) - costs.activation_traffic(without, 5)
+    assert more == 2 * 5 * 58 * 2 * 3 * 2048
+
+
+def test_rates_and_limits_must_make_sense():
+    for rates in ({"bandwidth": 0}, {"bandwidth": -1.0}, {"flops": 0.0}):
+        with pytest.raises(ValueError, match="bandwidth and flops must be positive"):
+            costs.decode_step(MIXTRAL, A100, 1, **rates)
+    with pytest.raises(ValueError, match="most must be at least 1"):
+        costs.crossovers(MIXTRAL, LLAMA, A100, most=0)
+    with pytest.raises(ValueError, match="above 100"):
+        costs.zipf_inclusion(8, 2, 2000.0)
+    assert sum(costs.zipf_inclusion(8, 2, 100.0)) == pytest.approx(2)
+
+
+def test_a_check_of_drafts_counts_the_head_for_every_token():
+    checked = costs.speculative(MIXTRAL, A100, 300, drafted=3, acceptance=0.8).step
+    assert checked.compute_s == pytest.approx(checked.flops / A100.bf16)
+    plain = costs.decode_step(MIXTRAL, A100, 1200)
+    assert checked.flops == pytest.approx(plain.flops)
 
 
 def test_latent_attention_decodes_on_the_latent_and_reads_prompts_unfolded():

@@ -52,6 +52,17 @@ def test_between_measured_rows_costs_lie_on_a_power_law():
     assert got == pytest.approx(weights * math.sqrt(1e-9 * 4e-9))
 
 
+def test_rows_that_were_not_measured_are_refused():
+    each = {8: 4e-9, 2: 1e-9}  # in any order
+    dense = TINY["equal total"]
+    assert measure.step_from_products(dense, 4, each) == measure.step_from_products(
+        dense, 4, dict(sorted(each.items()))
+    )
+    for batch in (1, 9):
+        with pytest.raises(ValueError, match="measured with 2 to 8 rows"):
+            measure.step_from_products(dense, batch, each)
+
+
 def test_turns_are_taken_in_order_and_the_first_is_not_counted():
     calls = []
     before = torch.get_num_threads()

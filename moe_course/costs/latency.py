@@ -122,6 +122,9 @@ def activation_traffic(spec: ModelSpec, tokens: float) -> float:
     if spec.moe is not None:
         hidden = (2 + spec.moe.expert.gated) * spec.moe.expert.hidden
         numbers += sparse * spec.moe.k * (2 * hidden + 2 * spec.width)
+        if spec.moe.shared is not None:
+            shared = spec.moe.shared
+            numbers += sparse * 2 * (2 + shared.gated) * shared.hidden
     return 2 * tokens * numbers
 
 
@@ -144,13 +147,15 @@ def decode_step(
         memory  = (touched weights + KV cache [+ activations]) / bandwidth
         compute = (2 · active weights · batch + attention) / FLOP rate
 
+    batch: may be a fraction, between the integers that mean something.
     bandwidth, flops: bytes/s and FLOP/s of one device, to put measured rates in the place of the data sheet's.
-    devices: weights, cache and arithmetic are split evenly over them; pass what they exchange as network_s
-        (`costs.network`).
+    devices: weights, cache and arithmetic are split evenly over them, as if each held whole sequences (heads split over
+        more devices than there are key and value heads, and MLA's latent, are copied instead); pass what they exchange
+        as network_s (`costs.network`).
     inclusion: how popular the experts are (`costs.zipf_inclusion`); evenly unless given.
     activations: count their traffic too.
 
-    Raises ValueError unless batch > 0, context >= 0 and devices >= 1.
+    Raises ValueError unless batch > 0, context >= 0, devices >= 1 and the rates are positive.
     """
     if batch <= 0 or context < 0 or devices < 1:
         raise ValueError(
@@ -216,14 +221,20 @@ def _step(
     work = 2 * (body * tokens + head * sequences)
     work += attention_flops(spec, tokens, context, absorbed=written is None)
     stored = weight_bytes(spec, precision) + sequences * each * length
+    bandwidth = accelerator.bandwidth if bandwidth is None else bandwidth
+    flops = accelerator.bf16 if flops is None else flops
+    if min(bandwidth, flops) <= 0:
+        raise ValueError(
+            f"bandwidth and flops must be positive, got {bandwidth} and {flops}"
+        )
     return Step(
         tokens=tokens,
         flops=work / devices,
         weight_bytes=weights,
         cache_bytes=cache,
         activation_bytes=traffic,
-        memory_s=(weights + cache + traffic) / (bandwidth or accelerator.bandwidth),
-        compute_s=work / devices / (flops or accelerator.bf16),
+        memory_s=(weights + cache + traffic) / bandwidth,
+        compute_s=work / devices / flops,
         network_s=network_s,
         stored_bytes=stored / devices,
         capacity=accelerator.capacity,
@@ -248,7 +259,8 @@ def ridge_tokens(
         raise ValueError(
             f"k must lie in 1..{num_experts} (the number of experts), got {k}"
         )
-    ridge = (flops or accelerator.bf16) / (bandwidth or accelerator.bandwidth)
+    bandwidth = accelerator.bandwidth if bandwidth is None else bandwidth
+    ridge = (accelerator.bf16 if flops is None else flops) / bandwidth
     return ridge * bytes_per_weight / 2 * num_experts / k
 
 
@@ -298,8 +310,10 @@ def crossovers(
 ) -> list[int]:
     """Batches, up to `most`, at which the faster of two models changes in decoding: the first batch of each new leader.
 
-    bandwidth, flops, devices: as in `decode_step`.
+    bandwidth, flops, devices: as in `decode_step`. Raises ValueError unless most >= 1.
     """
+    if most < 1:
+        raise ValueError(f"most must be at least 1, got {most}")
 
     def time(spec: ModelSpec, batch: int) -> float:
         return decode_step(
@@ -310,8 +324,10 @@ def crossovers(
     def leads(batch: int) -> bool:
         return time(a, batch) < time(b, batch)
 
-    # Between two powers of 2^(1/8) the leader changes at most once: both times are smooth there.
-    grid = sorted({round(2 ** (i / 8)) for i in range(8 * 16 + 1)} | {1, most})
+    # Taken for granted: between two neighbours of this grid the leader changes at most once. (The tests compare with
+    # every batch.)
+    octaves = most.bit_length()
+    grid = sorted({round(2 ** (i / 8)) for i in range(8 * octaves + 1)} | {1, most})
     grid = [batch for batch in grid if batch <= most]
     found = []
     for low, high in pairwise(grid):
@@ -376,8 +392,8 @@ def offloaded_step(
 class Speculation:
     """What a draft of some tokens, checked in one step, gains."""
 
-    tokens_per_step: float  # expected: (1 - a^(n+1)) / (1 - a)
-    step: Step  # of the model that checks
+    tokens_per_step: float  # expected for each sequence: (1 - a^(n+1)) / (1 - a)
+    step: Step  # of the model that checks: all tokens it computes; its network_s is the time of drafting
     speedup: float  # tokens/s against plain decoding, the draft's own time included
 
 
@@ -411,8 +427,12 @@ def speculative(
         False,
     )  # fmt: skip
     # _step computes the head for one token of each sequence; a check needs all of them.
-    head = 2 * spec.vocab * spec.width * (wide - batch) / accelerator.bf16
-    checked = replace(checked, compute_s=checked.compute_s + head)
+    head = 2 * spec.vocab * spec.width * (wide - batch)
+    checked = replace(
+        checked,
+        flops=checked.flops + head,
+        compute_s=checked.compute_s + head / accelerator.bf16,
+    )
     speedup = expected * plain.time_s / checked.time_s
     return Speculation(expected, checked, speedup)
 

@@ -50,6 +50,8 @@ def zipf_inclusion(num_experts: int, k: int, exponent: float) -> list[float]:
         raise ValueError(
             f"k must lie in 1..{num_experts} (the number of experts), got {k}"
         )
+    if exponent > 100:
+        raise ValueError(f"exponent must not be above 100, got {exponent}")
     weights = [(rank + 1.0) ** -exponent for rank in range(num_experts)]
     always = 0  # so many of the most popular are always chosen
     while True:

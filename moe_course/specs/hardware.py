@@ -21,7 +21,9 @@ class Accelerator:
     bf16: float  # FLOP/s; fp16 has the same rate on all of these
     fp8: float | None  # FLOP/s
     bandwidth: float  # bytes/s of its own memory
-    capacity: float  # bytes of its own memory, GB = 10^9
+    capacity: (
+        float  # bytes, the sheet's GB taken as 10^9 (an H100 of "80 GB" reports 85.5)
+    )
     link: str
     link_bandwidth: float  # bytes/s, one direction
     source: str
