@@ -94,4 +94,4 @@ def _fill(layer: MoE, ffn: nn.Module, pieces: int, noise: float) -> None:
     for target, one in stacks:
         target.copy_(one.repeat(copies, *[1] * (one.ndim - 1)))
         if noise:
-            target += noise * target.std() * torch.randn_like(target)
+            target.add_(torch.randn_like(target), alpha=noise * target.std().item())

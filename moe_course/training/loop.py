@@ -152,6 +152,8 @@ def train(
     checkpoint: Path | None = None,
     on_step: Callable[[int], None] | None = None,
     after_step: Callable[[nn.Module, list[Routing]], None] | None = None,
+    rate: Callable[[str], float] = lambda name: 1.0,
+    prepare: Callable[[torch.optim.Optimizer], object] | None = None,
 ) -> list[Row]:
     """Train `model` in place and return the log.
 
@@ -165,6 +167,9 @@ def train(
     on_step: called with the number of steps done.
     after_step: called with the model and the routings of the step, after the optimizer's
         part of it: sets biases, or looks at loads.
+    rate: what the learning rate of a parameter is multiplied by, for its name; frozen
+        parameters (requires_grad=False) are not the optimizer's at all.
+    prepare: called with the optimizer before the first step.
 
     A row holds `step`, `bytes` seen, `flops`, `seconds` of training (evaluation and
     checkpoints not counted), `lr`, `train_bits` per byte (mean since the last row),
@@ -179,7 +184,9 @@ def train(
             f"{recipe.steps} steps need as many batches, {batches.passes} pass(es) hold {len(batches)}"
         )
     device = next(model.parameters()).device
-    optimizer = _adamw(model, recipe)
+    optimizer = _adamw(model, recipe, rate)
+    if prepare is not None:
+        prepare(optimizer)
     identity = _identity(model, batches, recipe)
     rows: list[Row] = []
     done, seconds, nats, since = 0, 0.0, 0.0, 0
@@ -222,7 +229,7 @@ def train(
     begin = time.perf_counter()
     while done < recipe.steps:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done, recipe)
+            group["lr"] = group["rate"] * learning_rate(done, recipe)
         inputs, targets = (part.to(device) for part in batches[done])
         logits, routings = model(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -267,13 +274,18 @@ def train(
     return rows
 
 
-def _adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    # Vectors are norms and biases: shrinking them changes scales, not complexity.
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+def _adamw(
+    model: nn.Module, recipe: Recipe, rate: Callable[[str], float]
+) -> torch.optim.AdamW:
+    together: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            # Vectors are norms and biases: shrinking them changes scales, not complexity.
+            decay = recipe.weight_decay if p.ndim > 1 else 0.0
+            together.setdefault((decay, rate(name)), []).append(p)
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay, "rate": factor}
+        for (decay, factor), params in together.items()
     ]
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.95), fused=True)
 
