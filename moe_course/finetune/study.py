@@ -267,7 +267,8 @@ def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
     found = runs.kept(path, own)
     if found is None:
         torch.set_num_threads(1)
-        found = runs.keep(path, own, tune(*run, setup, folder))
+        found = own | tune(*run, setup, folder)
+        records.write_json(found, path)
     return found
 
 

@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_course import records
 from moe_course.processes import end_with_parent
 
 Item = TypeVar("Item")
@@ -26,15 +25,6 @@ def kept(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if {key: result.get(key) for key in identity} != json.loads(json.dumps(identity)):
         raise ValueError(f"{path} is of another setup: choose another folder")
     return result
-
-
-def keep(
-    path: Path, identity: dict[str, Any], result: dict[str, Any]
-) -> dict[str, Any]:
-    """Write a result with its identity, whole or not at all; returns both together."""
-    whole = identity | result
-    records.write_json(whole, path)
-    return whole
 
 
 def side_by_side(work: Callable[[Item], Any], items: Sequence[Item], jobs: int) -> None:
