@@ -170,7 +170,7 @@ def test_a_function_of_a_notebook_is_refused(monkeypatch):
 
 def test_the_demo_compares_counts_and_measures():
     sizes = demo.Sizes(tokens=32, width=16, hidden=12, experts=8, k=2)
-    found = run_ranks(ranks.tour, 4, sizes)
+    found = run_ranks(ranks.tour_and_steps, 4, sizes)
     one_way = costs.all_to_all_bytes(32, 16, 2, 4, bytes_per_number=4)
     for rank, f in enumerate(found):
         for case in ("even", "routed"):
@@ -186,8 +186,8 @@ def test_the_demo_compares_counts_and_measures():
                 assert 0 <= headers <= 3 * 3 * 1000  # exchanges, peers
         assert f["even"]["slots"] == [8] * 8
         assert f["even"]["traffic"]["dispatch"] == one_way
-        assert len(f["exchanges"]) == 3
-        assert all(t > 0 for t in (*f["exchanges"], *f["steps"].values()))
+        assert len(f["times"]) == 3
+        assert all(t > 0 for t in (*f["times"], *f["steps"].values()))
     back = sum(f["routed"]["traffic"]["combine"] for f in found)
     assert back == sum(f["routed"]["traffic"]["dispatch"] for f in found)
     assert back != 4 * one_way  # a learned router is not even

@@ -203,6 +203,17 @@ def _together(place: Place | None) -> float:
     return time.perf_counter()
 
 
+def tour(
+    sizes: Sizes, sent: Sequence[int], rounds: int = 15
+) -> dict[str, dict[str, Any] | list[float]]:
+    """What the chapter asks of each rank: `even` and `routed`, from `compare`, and `times`, from `exchange_times`."""
+    return {
+        "even": compare(sizes, even=True),
+        "routed": compare(sizes),
+        "times": exchange_times(sent, rounds),
+    }
+
+
 def step_times(
     sizes: Sizes, rounds: int = 5, place: Place | None = None
 ) -> dict[str, float]:

@@ -53,8 +53,8 @@ def bits_with(model: Transformer, k: int, setup: balancing.Setup) -> float:
 @torch.no_grad()
 def chosen_sets(
     model: Transformer, k: int, setup: balancing.Setup
-) -> list[list[list[int]]]:
-    """By layer, how many held-out bytes chose each set of k experts: lists of the experts' ids and the count."""
+) -> list[dict[str, int]]:
+    """By layer, how many held-out bytes chose each set of k experts; {"0 3": 5} are five that chose 0 and 3."""
     use_experts(model, k)
     model.eval()
     counts: list[Counter[tuple[int, ...]]] = [Counter() for _ in model.blocks]
@@ -64,7 +64,10 @@ def chosen_sets(
         for counter, routing in zip(counts, routings, strict=True):
             ids = routing.expert_ids.sort(dim=1).values.tolist()
             counter.update(map(tuple, ids))
-    return [[[*ids, n] for ids, n in sorted(counter.items())] for counter in counts]
+    return [
+        {" ".join(map(str, ids)): n for ids, n in sorted(counter.items())}
+        for counter in counts
+    ]
 
 
 def train_and_use(k: int, seed: int, setup: balancing.Setup) -> list[dict[str, Any]]:
@@ -83,7 +86,7 @@ def train_and_use(k: int, seed: int, setup: balancing.Setup) -> list[dict[str, A
         for used in USED
     ]
     for row in rows:
-        if row["used_k"] == k and k > 1 and seed == 0:
+        if row["used_k"] == k == 2 and seed == 0:
             row["chosen"] = chosen_sets(model, k, setup)
     return rows
 
