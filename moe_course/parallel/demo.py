@@ -9,6 +9,7 @@ page "A run on a cluster" tells how to start it on several machines.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -169,23 +170,25 @@ def exchange_times(
 ) -> list[float]:
     """Median seconds of one all_to_all in which every rank sends so many bytes to the others, split evenly.
 
-    sizes: bytes that leave a rank; rounded to whole bytes for each peer. The sizes take turns within a round; each
-    time runs from a barrier until this rank has sent and received all.
+    sizes: bytes that leave a rank; rounded to whole bytes for each peer. Within a round the sizes come in a random
+    order, the same on all ranks: what an exchange finds in the caches depends on the one before. Each time runs from a
+    barrier until this rank has sent and received all.
     """
     ranks = dist.get_world_size()
     group = None if place is None else place.group
     device = torch.device("cpu") if place is None else place.device
+    rows = [size // max(1, ranks - 1) * ranks for size in sizes]
+    # Ones, not zeros: memory that nobody has written to is given out by the page, while the clock runs.
+    sent = [torch.ones(n, dtype=torch.uint8, device=device) for n in rows]
+    received = [torch.ones_like(mine) for mine in sent]
     times: list[list[float]] = [[] for _ in sizes]
     for turn in range(rounds + 1):  # the first warms up
-        for size, found in zip(sizes, times, strict=True):
-            mine = torch.zeros(size // max(1, ranks - 1) * ranks, dtype=torch.uint8)
-            mine = mine.to(device)
-            out = torch.empty_like(mine)
+        for i in random.Random(turn).sample(range(len(sizes)), len(sizes)):
             start = _together(place)
-            dist.all_to_all_single(out, mine, group=group)
+            dist.all_to_all_single(received[i], sent[i], group=group)
             seconds = _now(place) - start
             if turn:
-                found.append(seconds)
+                times[i].append(seconds)
     return [statistics.median(found) for found in times]
 
 
