@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moe_course.layers import Experts, MoE, TopKRouter, softmax_top_k
-from moe_course.parallel import ExpertParallelMoE, reduce_gradients, shard
+from moe_course.parallel import ExpertParallelMoE, demo, reduce_gradients, shard
 
 
 def bank(experts, width, hidden, k, activation, bias, dtype):
@@ -143,6 +143,12 @@ def evenly_routed(counts):
     y, _, _ = layer(tokens_of(rank, counts, 8, torch.float64))
     y.sum().backward()
     return vars(layer.traffic)
+
+
+def tour_and_steps(sizes):
+    """All that the chapter and the benchmark run, once each."""
+    found = demo.tour(sizes, [0, 1001, 10000], rounds=2)
+    return found | {"steps": demo.step_times(sizes, rounds=2)}
 
 
 def wrong_router():

@@ -27,13 +27,16 @@ from moe_course.costs.memory import (
 )
 from moe_course.costs.network import (
     Link,
+    TwoLevels,
     all_to_all_bytes,
     all_to_all_time,
     deduplicated_bytes,
     expected_distinct_ranks,
+    fit_link,
     flops_per_byte,
     overlapped,
     tensor_parallel_bytes,
+    two_level_bytes,
 )
 from moe_course.costs.scaling import (
     CLARK,
@@ -66,6 +69,7 @@ __all__ = [
     "Speculation",
     "Step",
     "TrainingMemory",
+    "TwoLevels",
     "activation_traffic",
     "all_to_all_bytes",
     "all_to_all_time",
@@ -80,6 +84,7 @@ __all__ = [
     "estimate_inference_latency",
     "expected_distinct_experts",
     "expected_distinct_ranks",
+    "fit_link",
     "flops_per_byte",
     "krajewski_dense_loss",
     "krajewski_loss",
@@ -97,6 +102,7 @@ __all__ = [
     "training_memory",
     "training_mfu",
     "training_tokens_per_day",
+    "two_level_bytes",
     "weight_bytes",
     "zipf_inclusion",
 ]

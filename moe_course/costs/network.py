@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -18,6 +19,36 @@ class Link:
         return self.latency + size / self.bandwidth
 
 
+def fit_link(
+    name: str, sent: Sequence[float], seconds: Sequence[float], messages: int = 1
+) -> Link:
+    """The link whose line runs closest to measured times: least squares of the relative error.
+
+        minimise the sum over i of (1 - (messages · alpha + sent_i / beta) / seconds_i)^2
+
+    Relative, or the longest times alone would decide, and alpha with them. messages: how many each exchange sends, one
+    after the other (R - 1 of an all-to-all). Raises ValueError on fewer than two sizes, on times that are not positive,
+    and where the fit gives no positive latency and bandwidth, because no such line describes the times.
+    """
+    if len(sent) != len(seconds) or len(set(sent)) < 2 or min(seconds) <= 0:
+        raise ValueError(
+            f"a line needs two sizes at least, each with a positive time, got {list(sent)} and {list(seconds)}"
+        )
+    # With a = messages/t and b = sent/t, solve for u = alpha, v = 1/beta:  u·a + v·b = 1.
+    a = [messages / t for t in seconds]
+    b = [s / t for s, t in zip(sent, seconds, strict=True)]
+    aa, bb = sum(x * x for x in a), sum(x * x for x in b)
+    ab = sum(x * y for x, y in zip(a, b, strict=True))
+    determinant = aa * bb - ab * ab
+    alpha = (sum(a) * bb - sum(b) * ab) / determinant
+    inverse = (sum(b) * aa - sum(a) * ab) / determinant
+    if alpha <= 0 or inverse <= 0:
+        raise ValueError(
+            f"no latency and bandwidth fit these times: {list(seconds)} s for {list(sent)} bytes"
+        )
+    return Link(name, alpha, 1 / inverse)
+
+
 def all_to_all_bytes(
     tokens: float, width: int, k: int, ranks: int, bytes_per_number: float = 2.0
 ) -> float:
@@ -27,8 +58,8 @@ def all_to_all_bytes(
 
     tokens: of this rank. Experts lie evenly on `ranks` ranks and are chosen evenly; each of a token's K choices is sent
     on its own, also where two go to one rank (`deduplicated_bytes` sends one). Combine returns as much, and the
-    backward pass does both once more: four times this a layer and training step. Raises ValueError unless all are
-    positive.
+    backward pass does both once more: four times this a layer and training step. Raises ValueError on negative tokens
+    and unless the rest is positive.
     """
     if tokens < 0 or min(width, k, ranks) < 1 or bytes_per_number <= 0:
         raise ValueError(
@@ -38,17 +69,33 @@ def all_to_all_bytes(
     return tokens * k * width * bytes_per_number * (ranks - 1) / ranks
 
 
-def expected_distinct_ranks(num_experts: int, k: int, ranks: int) -> float:
+def expected_distinct_ranks(
+    num_experts: int, k: int, ranks: int, limit: int | None = None
+) -> float:
     """Expected number of ranks that hold at least one of a token's K experts, chosen evenly without repetition.
 
-    R · (1 - C(E - E/R, K) / C(E, K))
+        R · (1 - C(E - E/R, K) / C(E, K))
+
+    limit: the experts lie on so many ranks, chosen evenly beforehand: the same with E·limit/R experts on `limit` ranks.
+        A router that keeps the ranks of its highest scores, as DeepSeek-V3 does (arXiv:2412.19437, section 2.1.2),
+        reaches a little more of them than this, and at most `limit`.
+
+    Ranks may stand for nodes. Raises ValueError unless ranks divide num_experts, limit lies in 1..ranks and k in
+    1..(the experts that remain).
     """
-    if min(num_experts, k, ranks) < 1 or num_experts % ranks or k > num_experts:
+    if min(num_experts, ranks) < 1 or num_experts % ranks:
         raise ValueError(
-            f"ranks must divide num_experts and k lie in 1..num_experts, got {num_experts}, {k} and {ranks}"
+            f"ranks must divide num_experts, got {ranks} and {num_experts}"
         )
-    elsewhere = num_experts - num_experts // ranks
-    missed = math.comb(elsewhere, k) / math.comb(num_experts, k)
+    if limit is not None and not 1 <= limit <= ranks:
+        raise ValueError(f"limit must lie in 1..{ranks} (the ranks), got {limit}")
+    each = num_experts // ranks
+    ranks = ranks if limit is None else limit
+    if not 1 <= k <= each * ranks:
+        raise ValueError(
+            f"k must lie in 1..{each * ranks} (the experts to choose from), got {k}"
+        )
+    missed = math.comb(each * ranks - each, k) / math.comb(each * ranks, k)
     return ranks * (1 - missed)
 
 
@@ -66,13 +113,51 @@ def deduplicated_bytes(
         T · D · b · (distinct ranks) · (R - 1) / R
 
     limit: at most so many ranks, as node-limited routing has it (M in DeepSeek-V3, arXiv:2412.19437, section 2.1.2);
-        the
-    count is then an upper bound.
+        all of them are counted, an upper bound.
     """
     distinct = expected_distinct_ranks(num_experts, k, ranks)
     if limit is not None:
         distinct = min(distinct, limit)
     return tokens * width * bytes_per_number * distinct * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class TwoLevels:
+    """Bytes that one rank sends: to other nodes, and to other ranks of a node."""
+
+    between: float
+    inside: float
+
+
+def two_level_bytes(
+    tokens: float,
+    width: int,
+    num_experts: int,
+    k: int,
+    ranks: int,
+    node: int,
+    bytes_per_number: float = 2.0,
+    limit: int | None = None,
+) -> TwoLevels:
+    """Dispatch in two hops: a token crosses once to each node that it needs, and is handed on there.
+
+        between = T · D · b · (distinct nodes) · (N - 1) / N            N = R / node
+        inside  = T · D · b · (distinct ranks) · (node - 1) / node
+
+    It lands on the rank that has the sender's place in its node, which is one of `node` equally likely destinations;
+    only to the others is it sent on (arXiv:2412.19437, section 3.2.2). limit: at most so many nodes, as in
+    `deduplicated_bytes`; both counts are then upper bounds.
+    """
+    if node < 1 or ranks % node:
+        raise ValueError(f"node must divide ranks, got {node} and {ranks}")
+    nodes = ranks // node
+    distinct = expected_distinct_ranks(num_experts, k, ranks)
+    return TwoLevels(
+        deduplicated_bytes(
+            tokens, width, num_experts, k, nodes, bytes_per_number, limit
+        ),
+        tokens * width * bytes_per_number * distinct * (node - 1) / node,
+    )
 
 
 def all_to_all_time(
@@ -87,14 +172,20 @@ def all_to_all_time(
         alpha · (R - 1) + sent / beta
 
     between, node: ranks stand `node` to a machine; what crosses machines goes over `between`, at the same time as the
-        rest,
-    so the slower of the two counts. One message to each peer is charged its latency in turn.
+        rest, so the slower of the two counts.
+
+    One message to each peer is charged its latency in turn. Raises ValueError on negative bytes, fewer than one rank,
+    and a node that does not divide the ranks.
     """
+    if sent < 0 or ranks < 1:
+        raise ValueError(
+            f"bytes must not be negative and ranks be at least 1, got {sent} and {ranks}"
+        )
     if ranks == 1:
         return 0.0
     if between is None:
         return link.latency * (ranks - 1) + sent / link.bandwidth
-    if node is None or ranks % node:
+    if node is None or node < 1 or ranks % node:
         raise ValueError(
             f"node must divide ranks when ranks span machines, got {node} and {ranks}"
         )

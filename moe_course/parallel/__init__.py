@@ -6,6 +6,14 @@ from moe_course.parallel.expert_parallel import (
     reduce_gradients,
     shard,
 )
-from moe_course.parallel.launch import run_ranks
+from moe_course.parallel.launch import Place, run_ranks, torchrun_ranks
 
-__all__ = ["ExpertParallelMoE", "Traffic", "reduce_gradients", "run_ranks", "shard"]
+__all__ = [
+    "ExpertParallelMoE",
+    "Place",
+    "Traffic",
+    "reduce_gradients",
+    "run_ranks",
+    "shard",
+    "torchrun_ranks",
+]

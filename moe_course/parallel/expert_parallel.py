@@ -93,7 +93,7 @@ class ExpertParallelMoE(nn.Module):
 
     router: the same on every rank, over all E experts.
     experts: this rank's E/R experts.
-    group: the ranks that share the experts; None means all.
+    group: the ranks that share the experts; None means all. On GPUs one whose backend is NCCL.
     dispatch: how the rows that arrived are computed, a name in `layers.dispatch.DISPATCH`.
 
     Output and gradients are those of one `MoE` on all tokens. With a loss that is a sum over all ranks' tokens
@@ -101,8 +101,8 @@ class ExpertParallelMoE(nn.Module):
     went through it, so it must not be reduced over this group. The gradients of whatever is copied, the router too,
     must be summed: `reduce_gradients`.
 
-    `traffic` counts the bytes that were really sent. Raises ValueError, on every rank, when the ranks' layers do not
-    fit together.
+    `traffic` counts the bytes of the tensors that went to other ranks, without the protocol's own. Raises ValueError,
+    on every rank, when the ranks' experts do not fit together.
     """
 
     def __init__(
@@ -143,9 +143,19 @@ class ExpertParallelMoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "*B D"], token_mask: Bool[Tensor, "*B"] | None = None
     ) -> tuple[Float[Tensor, "*B D"], Routing, Slots]:
-        """The layer's output for this rank's tokens, its routing and its slots. Every rank must call it, with tokens
-        or without.
+        """The layer's output for this rank's tokens, its routing and its slots.
+
+        Every rank must call it, with tokens or without, and the backward pass too: each is an exchange in which all
+        take part. For the same reason the tokens need a gradient on all ranks or on none.
         """
+        if x.shape[-1] != self.experts.width:
+            raise ValueError(
+                f"the experts take tokens of width {self.experts.width}, got {x.shape[-1]}"
+            )
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_mask must be {list(x.shape[:-1])}, got {list(token_mask.shape)}"
+            )
         tokens = x.reshape(-1, x.shape[-1])
         mask = None if token_mask is None else token_mask.flatten()
         routing = self.router(tokens)
@@ -214,7 +224,7 @@ def reduce_gradients(
 
     What is not in `experts` is on all ranks of `world`. The experts are copied only where expert parallelism is
     combined with data parallelism, over the ranks of `same_experts`; None means that nobody else holds them. A
-    parameter without a gradient counts as zero, so that a rank without tokens takes part.
+    parameter without a gradient counts as zero and gets one, so that a rank without tokens takes part.
     """
     own = {id(p) for p in experts.parameters()}
     for parameter in layer.parameters():

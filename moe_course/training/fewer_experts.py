@@ -1,0 +1,136 @@
+"""What a sparse model loses when it uses fewer experts per token than it was trained with, or more.
+
+    python -m moe_course.training.fewer_experts [--jobs N]       9 runs, about three minutes on two cores
+
+Models with eight experts, trained with one, two and four per byte, each evaluated with one to eight. Fewer experts send
+fewer bytes. A finished run is a JSON file: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_course import records
+from moe_course.layers import Transformer
+from moe_course.processes import end_with_parent
+from moe_course.training import balancing, data, loop
+
+RECORD = Path("book/data/records/fewer_experts.json")
+FOLDER = Path("_build/experiments/fewer_experts")
+TRAINED, SEEDS = (1, 2, 4), (0, 1, 2)
+USED = (1, 2, 3, 4, 8)
+
+
+def use_experts(model: Transformer, k: int) -> None:
+    """Let every router choose k experts from now on; weights are renormalised over them where they were in training."""
+    for block in model.blocks:
+        block.ffn.router.k = k  # type: ignore[union-attr]
+
+
+def bits_with(model: Transformer, k: int, setup: balancing.Setup) -> float:
+    """Held-out loss in bits per byte, mean over the domains, with k experts per byte."""
+    use_experts(model, k)
+    bits = []
+    for domain in data.DOMAINS:
+        text = data.load([domain], "held_out")[: setup.held_out + 1]
+        windows = setup.held_out // setup.context
+        bits.append(loop.bits_per_byte(model, text, setup.context, windows))
+    return sum(bits) / len(bits)
+
+
+@torch.no_grad()
+def chosen_sets(
+    model: Transformer, k: int, setup: balancing.Setup
+) -> list[dict[str, int]]:
+    """By layer, how many held-out bytes chose each set of k experts; {"0 3": 5} are five that chose 0 and 3."""
+    use_experts(model, k)
+    model.eval()
+    counts: list[Counter[tuple[int, ...]]] = [Counter() for _ in model.blocks]
+    for domain in data.DOMAINS:
+        text = data.load([domain], "held_out")[: setup.held_out]
+        _, routings = model(text.view(-1, setup.context).long())
+        for counter, routing in zip(counts, routings, strict=True):
+            ids = routing.expert_ids.sort(dim=1).values.tolist()
+            counter.update(map(tuple, ids))
+    return [
+        {" ".join(map(str, ids)): n for ids, n in sorted(counter.items())}
+        for counter in counts
+    ]
+
+
+def train_and_use(k: int, seed: int, setup: balancing.Setup) -> list[dict[str, Any]]:
+    """Train a model with k experts per byte; a row for each number it is used with."""
+    torch.set_num_threads(1)
+    model, _ = balancing.train(
+        balancing.Run("switch", 0.01, experts=8, k=k, seed=seed), setup
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "trained_k": k,
+            "seed": seed,
+            "used_k": used,
+            "held_out_bits": round(bits_with(model, used, setup), 4),
+        }
+        for used in USED
+    ]
+    for row in rows:
+        if row["used_k"] == k == 2 and seed == 0:
+            row["chosen"] = chosen_sets(model, k, setup)
+    return rows
+
+
+def work(
+    k: int, seed: int, setup: balancing.Setup, folder: Path
+) -> list[dict[str, Any]]:
+    """Read a run's rows or make them. Raises ValueError when they are of another setup."""
+    path = folder / f"k{k}-seed{seed}.json"
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        if found["setup"] != asdict(setup):
+            raise ValueError(f"{path} is of another setup: choose another folder")
+        return list(found["rows"])
+    rows = train_and_use(k, seed, setup)
+    records.write_json({"setup": asdict(setup), "rows": rows}, path)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_course.training.fewer_experts")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the runs")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--steps", type=int, default=balancing.Setup().steps)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1 or options.steps < 1:
+        parser.error("--jobs and --steps must be at least 1")
+    setup = balancing.Setup(steps=options.steps)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, end_with_parent) as pool:
+        waiting = [
+            pool.submit(work, k, seed, setup, options.out)
+            for seed in SEEDS
+            for k in TRAINED
+        ]
+        rows = [row for future in waiting for row in future.result()]
+    command = "python -m moe_course.training.fewer_experts"
+    if setup != balancing.Setup():
+        command += f" --steps {options.steps}"
+    records.save(records.measure("fewer_experts", command, rows), options.record)
+    print(f"{options.record}: {len(rows)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
