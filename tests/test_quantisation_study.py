@@ -108,6 +108,33 @@ def test_errors_of_a_sum_follow_from_those_of_its_terms():
     assert one["output"] == one["single"] == pytest.approx(one["predicted"])
 
 
+def test_units_are_the_smallest_pieces(models):
+    text = quantisation.windows(TINY)
+    for run, model in models.items():
+        stored = quant.quantise_parts(model, FORMATS["int4, 32"], "experts", "ffn")
+        twin = quant.dequantised(model, stored)
+        x = quantisation.layer_inputs(model, text, 40)[1]
+        pair = [m.blocks[1].ffn for m in (model, twin)]
+        routing = pair[0].router(x) if run.experts > 1 else None
+        pieces = []
+        for ffn in pair:
+            if routing is None:
+                pieces.append(quantisation.slice_terms(ffn, x, ffn.down.in_features))
+                continue
+            up = ffn.experts.w_up[routing.expert_ids]  # [T, K, 2F, D]
+            hidden = ffn.experts.activate(torch.einsum("td,tkfd->tkf", x, up))
+            down = ffn.experts.w_down[routing.expert_ids]  # [T, K, D, F]
+            each = torch.einsum("tkf,tkdf,tk->tkfd", hidden, down, routing.weights)
+            pieces.append(each.flatten(1, 2))
+        f, d = pieces[0].double(), (pieces[1] - pieces[0]).double()
+        signal, noise = quantisation.unit_errors(*pair, x, routing)
+        assert signal == pytest.approx(f.square().sum().item(), rel=1e-4)
+        assert noise == pytest.approx(d.square().sum().item(), rel=1e-3)
+        rows = list(quantisation.errors(model, text, 40, ["int4, 32"]))
+        unit = rows[1]["unit"] * (rows[1]["unit_noise"] / rows[1]["unit_signal"]) ** 0.5
+        assert unit == pytest.approx(rows[1]["output"], rel=1e-4)
+
+
 def test_margins_sort_tokens_by_how_near_a_tie_they_were(models):
     model, text = models[Run(4, 2)], quantisation.windows(TINY)
     _, before = quantisation.evaluate(model, text)
@@ -159,15 +186,22 @@ def test_rows_of_one_model(models):
 
 
 def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    quick = {"formats": ("int4, 32",)}
-    monkeypatch.setattr(quantisation.measure, "__defaults__", (quick["formats"],))
+    monkeypatch.setattr(quantisation.measure, "__defaults__", (("int4, 32",), None))
     which = [Run(4, 2, seed=s) for s in range(2)]
     for run in which:
         quantisation.work(run, TINY, tmp_path)
     assert not list(tmp_path.glob("*.partial"))
 
-    def not_again(*_):
+    def not_again(*_, **__):
         raise AssertionError("a finished run was made again")
+
+    # A model that was trained but not measured is read from its checkpoint.
+    path = tmp_path / f"{which[0].name}.json"
+    before = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", not_again)
+    quantisation.work(which[0], TINY, tmp_path)
+    assert path.read_bytes() == before
 
     monkeypatch.setattr(quantisation, "train", not_again)
     rows = quantisation.study(which, TINY, tmp_path, 1)

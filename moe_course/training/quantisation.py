@@ -80,7 +80,7 @@ class Setup:
     hidden: int = 256
     context: int = 128
     batch_size: int = 8
-    steps: int = 600
+    steps: int = 500
     held_out: int = 8192  # bytes of each domain
     probes: int = 4096  # tokens whose layer outputs are compared
 
@@ -99,8 +99,11 @@ class Setup:
         )
 
 
-def train(run: Run, setup: Setup) -> Transformer:
-    """A model trained on all domains; with k = 1 the gate is the probability, as in Switch."""
+def train(run: Run, setup: Setup, checkpoint: Path | None = None) -> Transformer:
+    """A model trained on all domains; with k = 1 the gate is the probability, as in Switch.
+
+    checkpoint: a file that a training which was stopped goes on from; a finished one is read from it.
+    """
     torch.manual_seed(run.seed)
     gate = softmax_top_k if run.k == 1 else renormalised
     model = Transformer(setup.spec(run), gate)
@@ -108,8 +111,15 @@ def train(run: Run, setup: Setup) -> Transformer:
     text = data.load(data.DOMAINS, "train", unique)
     batches = data.Batches(text, setup.context, setup.batch_size, run.seed)
     steps = min(setup.steps, len(batches))
-    recipe = loop.Recipe(steps, warmup=steps // 10, rows=1)
-    loop.train(model, batches, recipe, flops_per_token=0, held_out={})
+    recipe = loop.Recipe(steps, warmup=steps // 10, rows=1, checkpoints=5)
+    loop.train(
+        model,
+        batches,
+        recipe,
+        flops_per_token=0,
+        held_out={},
+        checkpoint=checkpoint,
+    )
     return model.eval()
 
 
@@ -152,7 +162,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "all but router": ("experts", "ffn", "other"),
     "all": ("experts", "ffn", "other", "router"),
 }
-FEW = ("bf16", "int8, 128", "int4, 32", "int4, 128", "mxfp4")
+FEW = ("bf16", "int8, 128", "int4, 32", "mxfp4")
 
 
 # --- Loss and routing ----------------------------------------------------------------
@@ -249,7 +259,7 @@ def losses(
             "bytes": round(quant.stored_bytes(model, stored)),
             "flipped": [quant.flipped(a, b).double().mean().item() for a, b in pairs],
         }
-        if before and choice in ("ffn", "router"):
+        if before and choice in ("ffn", "router") and name in FEW:
             kept, _ = evaluate(twin, text, forced=before)
             row["kept_more_bits"] = (kept - exact).mean().item()
         yield row
@@ -378,6 +388,44 @@ def terms(
     return slice_terms(ffn, x, ffn.down.in_features // PIECE or 1)
 
 
+def _units(
+    ffn: nn.Module, x: Float[Tensor, "T D"], routing: Routing | None
+) -> Iterator[tuple[Float[Tensor, "N F"], Float[Tensor, "D F"]]]:
+    """The hidden units that tokens meet, with their gate weights in them, and what each unit writes; by expert."""
+    if routing is None:
+        assert isinstance(ffn, SwiGLU)
+        yield F.silu(ffn.gate(x)) * ffn.up(x), ffn.down.weight
+        return
+    assert isinstance(ffn, MoE)
+    bank = ffn.experts
+    for e in range(bank.num_experts):
+        token, place = (routing.expert_ids == e).nonzero(as_tuple=True)
+        hidden = bank.activate(F.linear(x[token], bank.w_up[e]))
+        yield hidden * routing.weights[token, place, None], bank.w_down[e]
+
+
+def unit_errors(
+    exact: nn.Module,
+    rounded: nn.Module,
+    x: Float[Tensor, "T D"],
+    routing: Routing | None,
+) -> tuple[float, float]:
+    """Sum over tokens and hidden units of |f|² and of |d|²: f what one unit adds to the output, d its error.
+
+    Any FFN, dense or a mixture, is a sum over its hidden units: what `sum_errors` has for experts, in smallest pieces.
+    """
+    signal = noise = 0.0
+    pairs = zip(_units(exact, x, routing), _units(rounded, x, routing), strict=True)
+    for (h, w), (h2, w2) in pairs:
+        h, w, h2, w2 = (v.double() for v in (h, w, h2, w2))
+        # |h'w' - hw|² = h'²|w'|² - 2·hh'(w·w') + h²|w|², without a tensor of tokens x units x width
+        mine = (h.square() @ w.square().sum(0)).sum()
+        theirs = (h2.square() @ w2.square().sum(0)).sum()
+        signal += mine.item()
+        noise += (mine + theirs - 2 * ((h * h2) @ (w * w2).sum(0)).sum()).item()
+    return signal, noise
+
+
 def _matrices(ffn: nn.Module) -> list[Tensor]:
     belongs = quant.part_of(ffn)
     return [p for n, p in ffn.named_parameters() if belongs[n] in CHOICES["ffn"]]
@@ -395,6 +443,7 @@ def errors(
     The inputs are those of the exact model, and so is the routing: what is seen is the experts' rounding alone.
     `peak`: the largest weight of a row over its root mean square, mean over the rows; it is what a scale is set by.
     `gain`: what the rounded weights are on average in multiples of the exact ones, (w · w') / (w · w).
+    `unit`, `unit_signal`, `unit_noise`: as `sum_errors` has single, signal and noise, with hidden units as terms.
     """
     inputs = layer_inputs(model, text, tokens)
     for name in formats:
@@ -405,6 +454,8 @@ def errors(
             routing = exact.router(x) if isinstance(exact, MoE) else None
             f, g = terms(exact, x, routing), terms(small, x, routing)
             weights = routing.weights if routing else x.new_ones(f.shape[:2])
+            signal, noise = unit_errors(exact, small, x, routing)
+            sizes = [v.sum(1).double().square().sum().item() for v in (f, g - f)]
             old = _matrices(exact)
             peaks = [w.abs().amax(-1) / w.square().mean(-1).sqrt() for w in old]
             flat = torch.cat([w.flatten() for w in old])
@@ -416,6 +467,9 @@ def errors(
                 "weights": quant.relative_error(rounded, flat),
                 "gain": (rounded @ flat / flat.square().sum()).item(),
                 "peak": torch.cat([p.flatten() for p in peaks]).mean().item(),
+                "unit": (noise / signal) ** 0.5,
+                "unit_signal": sizes[0] / signal,
+                "unit_noise": sizes[1] / noise,
             } | sum_errors(f, g, weights)
 
 
@@ -431,16 +485,16 @@ def runs() -> list[Run]:
 
 
 def measure(
-    run: Run, setup: Setup, formats: Sequence[str] = tuple(FORMATS)
+    run: Run,
+    setup: Setup,
+    formats: Sequence[str] = tuple(FORMATS),
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Train one model and round it in every way."""
-    begin = time.perf_counter()
-    model = train(run, setup)
-    seconds = time.perf_counter() - begin
+    model = train(run, setup, checkpoint)
     text, spec = windows(setup), setup.spec(run)
     rows = [*losses(model, text, formats), *errors(model, text, setup.probes, formats)]
     rows[0] |= {
-        "seconds": round(seconds, 1),
         "steps": setup.steps,
         "total_params": spec.total_params(),
         "active_params": spec.active_params(include_embedding=False),
@@ -478,7 +532,8 @@ def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
     result = finished(run, setup, folder)
     if result is None:
         torch.set_num_threads(1)
-        result = measure(run, setup)
+        checkpoint = folder / f"{run.name}.pt"
+        result = measure(run, setup, checkpoint=checkpoint)
         records.write_json(result, folder / f"{run.name}.json")
     return result
 
