@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_course import quant
+from moe_course.costs import Precision, weight_bytes
 from moe_course.layers import (
     ExpertChoiceRouter,
     Experts,
@@ -19,7 +20,7 @@ from moe_course.layers import (
     Transformer,
     renormalised,
 )
-from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
+from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts, zoo
 
 GROUPS = st.sampled_from([2, 16, 32, 128, None])
 
@@ -130,6 +131,29 @@ def test_sizes_with_scales():
     w = torch.randn(64, 4096).bfloat16()
     assert quant.quantise(w, 4, 32).nbytes() / w.numel() == 0.5 + 2 / 32
     assert quant.quantise(w, 8, 128).nbytes() / w.numel() == 1 + 2 / 128
+
+
+def test_counts_meet_published_files():
+    """Shapes, bits and what stays wide give the sizes that are printed, to their last digit."""
+    mixtral = zoo["mixtral-8x7b"]
+    parts = mixtral.breakdown()
+    # AWQ in groups of 128 with zero points; embeddings, head, router and norms in 16 bits (its quant_config.json).
+    wide = sum(
+        parts[name].total
+        for name in ("input_embedding", "output_head", "router", "norms")
+    )
+    narrow = mixtral.total_params() - wide
+    assert round((narrow * (4 + 20 / 128) / 8 + 2 * wide) / 1e9, 2) == 24.65
+    # llama.cpp's Q8_0: a 16-bit scale for each 32 weights, everywhere (pull request 4406: 46.22 GiB).
+    assert weight_bytes(mixtral, Precision(8.5 / 8)) / 2**30 == pytest.approx(
+        46.22, abs=0.02
+    )
+    for name, published in (("gpt-oss-120b", 60.8), ("gpt-oss-20b", 12.8)):
+        spec = zoo[name]
+        matrices = 3 * spec.width * spec.moe.expert.hidden * spec.moe.experts
+        experts = len(spec.moe_layers) * matrices
+        size = experts * 4.25 / 8 + 2 * (spec.total_params() - experts)
+        assert round(size / 2**30, 1) == published  # arXiv:2508.10925, table 1
 
 
 def test_zeros_and_what_is_not_finite():
