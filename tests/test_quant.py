@@ -234,6 +234,20 @@ def test_every_scale_of_mxfp4_is_exact():
         assert got[row, 1].item() == (six if six < 2.0**128 else math.inf)
 
 
+def test_mxfp4_where_subnormal_numbers_are_flushed():
+    """6 · 2^-127 is a normal number, though its scale is not."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    try:
+        blocks = torch.full((1, 16), 0x77, dtype=torch.uint8)
+        got = quant.decode_mxfp4(blocks, torch.zeros(1, 1, dtype=torch.uint8))
+        wanted = quant.quantise_mxfp4(torch.full((1, 32), 6 * 2.0**-127))
+    finally:
+        torch.set_flush_denormal(False)
+    assert (got == 6 * 2.0**-127).all()
+    assert (wanted.dequantise() == got).all()
+
+
 @settings(max_examples=60)
 @given(
     rows=st.integers(0, 3),

@@ -169,8 +169,18 @@ def test_rows_of_one_model(models):
         assert all(by["bf16", c]["bytes"] == 2 * total for f, c in by if f == "bf16")
         if sparse:
             assert by["int4, 32", "ffn"]["flipped"][0] == 0  # nothing above it moved
-            kept = by["int4, 32", "router"]["kept_more_bits"]
-            assert math.isfinite(kept)
+            row = by["int4, 32", "router"]
+            assert any(row["flipped"])
+            small = quant.quantise_parts(model, FORMATS["int4, 32"], "router")
+            twin = quant.dequantised(model, small)
+            bits, routes = quantisation.evaluate(model, text)
+            more = quantisation.evaluate(twin, text)[0] - bits
+            kept = quantisation.evaluate(twin, text, forced=routes)[0] - bits
+            assert row["more_bits"] == pytest.approx(more.mean().item())
+            assert row["kept_more_bits"] == pytest.approx(kept.mean().item())
+            assert not torch.allclose(more, kept, atol=1e-7)
+            spread = more.var().sqrt().item() / len(text) ** 0.5
+            assert row["uncertainty"] == pytest.approx(spread)
             assert {r["layer"] for r in rows if r["kind"] == "margin"} == {0, 1}
         errors = list(quantisation.errors(model, text, 40, formats))
         assert [(r["format"], r["layer"]) for r in errors] == [
