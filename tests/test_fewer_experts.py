@@ -14,7 +14,7 @@ TINY = balancing.Setup(
 
 
 def test_rows_cover_every_number_and_a_run_is_read_again(tmp_path, monkeypatch):
-    rows = fewer_experts.work(2, 0, TINY, tmp_path)
+    rows = fewer_experts.work((2, 0), TINY, tmp_path)
     assert [r["used_k"] for r in rows] == list(fewer_experts.USED)
     assert len({r["held_out_bits"] for r in rows}) > 1  # the number matters
     (sets,) = [r["chosen"] for r in rows if "chosen" in r]
@@ -25,10 +25,10 @@ def test_rows_cover_every_number_and_a_run_is_read_again(tmp_path, monkeypatch):
         assert 0 <= first < second < 8
 
     monkeypatch.setattr(fewer_experts, "train_and_use", None)  # must not be called
-    assert fewer_experts.work(2, 0, TINY, tmp_path) == rows
+    assert fewer_experts.work((2, 0), TINY, tmp_path) == rows
     other = balancing.Setup(steps=3)
     with pytest.raises(ValueError, match="of another setup"):
-        fewer_experts.work(2, 0, other, tmp_path)
+        fewer_experts.work((2, 0), other, tmp_path)
 
 
 def test_the_routers_use_as_many_as_they_are_told():

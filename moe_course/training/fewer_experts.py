@@ -9,14 +9,12 @@ fewer bytes. A finished run is a JSON file: the same command goes on where it wa
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ import torch
 
 from moe_course import records
 from moe_course.layers import Transformer
-from moe_course.processes import end_with_parent
 from moe_course.training import balancing, data, loop
+from moe_course.training.runs import kept, side_by_side
 
 RECORD = Path("book/data/records/fewer_experts.json")
 FOLDER = Path("_build/experiments/fewer_experts")
@@ -92,15 +90,15 @@ def train_and_use(k: int, seed: int, setup: balancing.Setup) -> list[dict[str, A
 
 
 def work(
-    k: int, seed: int, setup: balancing.Setup, folder: Path
+    which: tuple[int, int], setup: balancing.Setup, folder: Path
 ) -> list[dict[str, Any]]:
-    """Read a run's rows or make them. Raises ValueError when they are of another setup."""
+    """Read the rows of a model (its K and seed), or make them."""
+    k, seed = which
     path = folder / f"k{k}-seed{seed}.json"
-    if path.exists():
-        found = json.loads(path.read_text("utf-8"))
-        if found["setup"] != asdict(setup):
-            raise ValueError(f"{path} is of another setup: choose another folder")
+    found = kept(path, {"setup": asdict(setup)})
+    if found is not None:
         return list(found["rows"])
+    torch.set_num_threads(1)
     rows = train_and_use(k, seed, setup)
     records.write_json({"setup": asdict(setup), "rows": rows}, path)
     return rows
@@ -116,14 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs < 1 or options.steps < 1:
         parser.error("--jobs and --steps must be at least 1")
     setup = balancing.Setup(steps=options.steps)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, end_with_parent) as pool:
-        waiting = [
-            pool.submit(work, k, seed, setup, options.out)
-            for seed in SEEDS
-            for k in TRAINED
-        ]
-        rows = [row for future in waiting for row in future.result()]
+    models = [(k, seed) for seed in SEEDS for k in TRAINED]
+    one = partial(work, setup=setup, folder=options.out)
+    side_by_side(one, models, options.jobs)
+    rows = [row for model in models for row in one(model)]
     command = "python -m moe_course.training.fewer_experts"
     if setup != balancing.Setup():
         command += f" --steps {options.steps}"

@@ -9,14 +9,10 @@ finished model is a JSON file: the same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -38,10 +34,10 @@ from moe_course.layers import (
     Transformer,
 )
 from moe_course.layers.routing import renormalised, softmax_top_k
-from moe_course.processes import end_with_parent
 from moe_course.quant import Stored
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
+from moe_course.training.runs import kept, side_by_side
 
 RECORD = Path("book/data/records/quantised.json")
 FOLDER = Path("_build/experiments/quantised")
@@ -518,13 +514,8 @@ def record_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def finished(run: Run, setup: Setup, folder: Path) -> dict[str, Any] | None:
     """The result of a run, if there is one. Raises ValueError when it is of another setup."""
-    path = folder / f"{run.name}.json"
-    if not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    if result["run"] != asdict(run) or result["setup"] != asdict(setup):
-        raise ValueError(f"{path} is of another setup: choose another folder")
-    return result
+    identity = {"run": asdict(run), "setup": asdict(setup)}
+    return kept(folder / f"{run.name}.json", identity)
 
 
 def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
@@ -542,23 +533,8 @@ def study(
     which: Sequence[Run], setup: Setup, folder: Path, jobs: int
 ) -> list[dict[str, Any]]:
     """All runs, `jobs` at a time, with a line of progress; the record's rows."""
-    context = multiprocessing.get_context("spawn")
     missing = [run for run in which if finished(run, setup, folder) is None]
-    begin = time.monotonic()
-    with ProcessPoolExecutor(jobs, context, end_with_parent) as pool:
-        waiting = [pool.submit(work, run, setup, folder) for run in missing]
-        try:
-            for done, future in enumerate(as_completed(waiting), 1):
-                future.result()
-                spent = time.monotonic() - begin
-                left = spent / done * (len(missing) - done) / 60
-                line = f"{done} of {len(missing)} models, about {left:.0f} min left"
-                print(f"\r{line:<50}", end="", file=sys.stderr, flush=True)
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-    print(file=sys.stderr)
+    side_by_side(partial(work, setup=setup, folder=folder), missing, jobs)
     return [row for run in which for row in record_rows(work(run, setup, folder))]
 
 
