@@ -1,0 +1,166 @@
+"""The studies of fine-tuning and upcycling: every recipe does what its name says, and a stopped study goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_course.finetune import parts_of, study, upcycle_study
+from moe_course.layers import MoE
+
+TINY = study.Setup(
+    width=16, hidden=8, experts=4, context=16, batch_size=4, first_steps=4, steps=6, held_out=256
+)
+UP = upcycle_study.Setup(
+    width=16, hidden=12, context=16, batch_size=4, first_steps=6, extra_steps=4, held_out=256, rows=2
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+def changed(before, after):
+    """Parts of the model whose weights differ, adapters and idle experts set apart."""
+    kinds = parts_of(before)
+    return {
+        kinds[name]
+        for name, p in before.named_parameters()
+        if not torch.equal(p, after.get_parameter(name))
+    }
+
+
+WANTED = {
+    "everything": {"router", "experts", "rest"},
+    "everything, replay 20 %": {"router", "experts", "rest"},
+    "router at 1/100 of the rate": {"router", "experts", "rest"},
+    "router frozen": {"experts", "rest"},
+    "router alone": {"router"},
+    "experts alone": {"experts"},
+    "router and experts": {"router", "experts"},
+    "all but router and experts": {"rest"},
+    "experts of the domain": {"experts"},
+    "router and experts of the domain": {"router", "experts"},
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_recipe_trains_what_it_says(name, folder, monkeypatch):
+    models = []
+    keep = study.bits
+    monkeypatch.setattr(study, "bits", lambda m, s: models.append(m) or keep(m, s))
+    result = study.tune(name, 1e-2, 0, TINY, folder)
+    before, after = models
+    assert changed(before, after) == WANTED[name]
+    assert set(result["bits_after"]) == {*study.OLD, study.NEW}
+    assert result["bits_before"] == study.bits(before, TINY)
+    first_layer = {a[0] for a in result["agreement"].values()}
+    if "rest" not in WANTED[name] and "router" not in WANTED[name]:
+        assert first_layer == {1.0}, "nothing before the first router has changed"
+    if "of the domain" in name:
+        masks = study.domain_experts(before, 0.5, TINY)
+        for b, a, mask in zip(study.moe_layers(before), study.moe_layers(after), masks, strict=True):
+            same = (a.experts.w_up == b.experts.w_up).flatten(1).all(1)
+            assert same[~mask].all()
+            assert not same[mask].any()
+            assert 0 < mask.sum() < len(mask)
+
+
+@pytest.mark.parametrize("name", ["LoRA on experts", "LoRA on experts, router"])
+def test_lora_leaves_the_model_itself_alone(name, folder, monkeypatch):
+    models = []
+    keep = study.bits
+    monkeypatch.setattr(study, "bits", lambda m, s: models.append(m) or keep(m, s))
+    result = study.tune(name, 1e-2, 0, TINY, folder)
+    before, after = models
+    own = dict(after.named_parameters())
+    for key, p in before.named_parameters():
+        there = own[key.replace(".experts.w_", ".experts.experts.w_")]
+        same = torch.equal(p, there)
+        assert same == (not ("router" in name and "router" in key)), key
+    assert result["trainable"] < sum(p.numel() for p in before.parameters())
+    assert result["bits_after"] != result["bits_before"]
+
+
+def test_balance_and_rates_of_the_recipes():
+    base = study.RECIPES["everything"]
+    assert study.RECIPES["everything, no balancing loss"] == replace(base, balance=0.0)
+    assert study.RECIPES["everything, balancing loss x10"].balance == 10 * base.balance
+    assert study.RECIPES["router at 1/100 of the rate"].router_rate == 0.01
+    assert len(study.all_runs()) == len(study.RECIPES) * 9
+
+
+def test_a_router_at_a_hundredth_of_the_rate_moves_less(folder, monkeypatch):
+    def moved(name):
+        models = []
+        keep = study.bits
+        monkeypatch.setattr(study, "bits", lambda m, s: models.append(m) or keep(m, s))
+        study.tune(name, 1e-2, 0, TINY, folder)
+        monkeypatch.setattr(study, "bits", keep)
+        weights = [
+            [m.router.weight for m in model.modules() if isinstance(m, MoE)]
+            for model in models
+        ]
+        return sum((b - a).norm().item() for a, b in zip(*weights, strict=True))
+
+    slow, fast = moved("router at 1/100 of the rate"), moved("everything")
+    assert 0 < slow < fast / 20
+
+
+def test_replay_is_text_of_the_old_domains(folder, monkeypatch):
+    texts = []
+    keep = study.data.Batches
+    monkeypatch.setattr(
+        study.data, "Batches", lambda text, *a: texts.append(text) or keep(text, *a)
+    )
+    study.tune("everything, replay 20 %", 1e-3, 0, TINY, folder)
+    text, size = texts[-1], TINY.batch_size * TINY.context
+    old = study.text_of(study.OLD, TINY, round(0.2 * TINY.steps))
+    new = study.text_of([study.NEW], TINY, TINY.steps - round(0.2 * TINY.steps))
+    assert torch.equal(text, torch.cat([new[:-1], old]))
+    assert len(text) == TINY.steps * size + 1
+
+
+def test_rows_and_going_on(folder):
+    run = ("router alone", 1e-3, 0)
+    result = study.work(run, TINY, folder)
+    assert study.work(run, TINY, folder) == result
+    row = study.row(result)
+    old = [result["bits_after"][d] for d in study.OLD]
+    assert row["old_bits_after"] == pytest.approx(sum(old) / 4, abs=1e-4)
+    assert row["new_bits_after"] == pytest.approx(result["bits_after"]["c"], abs=1e-4)
+    with pytest.raises(ValueError, match="another setup"):
+        study.work(run, replace(TINY, steps=7), folder)
+
+
+# ---- Upcycling -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", upcycle_study.ARMS)
+def test_an_arm_begins_where_it_says_and_spends_the_same(name, folder):
+    result = upcycle_study.work((name, 0), UP, folder)
+    assert upcycle_study.work((name, 0), UP, folder) == result
+    row = upcycle_study.row(result)
+    arm = upcycle_study.ARMS[name]
+    exact = arm.start == "upcycled" and not arm.noise and arm.gate == "renormalised"
+    assert (abs(row["start_bits"] - row["dense_bits"]) < 2e-3) == exact
+    if "all compute" not in name:
+        spent = UP.extra_steps * UP.batch_size * UP.context
+        dense = upcycle_study.loop.flops_per_token(UP.spec(), UP.context)
+        one_step = row["flops_per_token"] * UP.batch_size * UP.context
+        assert abs(row["flops"][-1] - spent * dense) <= one_step
+
+
+def test_no_byte_is_trained_on_twice():
+    first, extra = upcycle_study.halves(UP)
+    size = UP.batch_size * UP.context
+    assert UP.first_steps * size - 6 <= len(first) <= UP.first_steps * size
+    whole = torch.cat([first, extra])
+    share = len(first) // 6
+    prose = upcycle_study.data.load(["prose"], "train", 10_000)
+    assert torch.equal(whole[:share], prose[:share])
+    n = UP.extra_steps * size // 6
+    assert torch.equal(extra[:n], prose[share : share + n])
