@@ -344,8 +344,8 @@ check("04.6", split_sizes)
 # Nobody knows a fast way to the best placement, so you need not find it. The check asks for a cost of at most
 #
 # - **1.3** times the least, which it finds by trying all, for up to 10 experts; and 1.3 times what no placement can go
-#   below for 24 experts on 8 ranks, which have 9 million million placements. A greedy rule that looks at each batch does
-#   that;
+#   below for 24 experts on 6 ranks, which have over 4 million million placements. A greedy rule that looks at each
+#   batch does that;
 # - **1.08** times the least for up to 9 experts where such a greedy rule falls into its traps: mend its result by
 #   exchanging experts. A second is plenty.
 

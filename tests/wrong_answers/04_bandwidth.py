@@ -104,6 +104,14 @@ def step_of_longest(kernels, tflops, gb_s, launch_us):
     return seconds, "compute" if compute > memory else "memory"
 
 
+def step_by_majority(kernels, tflops, gb_s, launch_us):
+    """Launching where it is more than half; else the longer of the others."""
+    seconds, bound = step(kernels, tflops, gb_s, launch_us)
+    if bound == "launch" and len(kernels) * launch_us * 2e-6 <= seconds:
+        return seconds, step(kernels, tflops, gb_s, 0)[1]
+    return seconds, bound
+
+
 def step_never_empty(kernels, tflops, gb_s, launch_us):
     seconds, bound = step(kernels, tflops, gb_s, launch_us)
     return seconds, bound if kernels else "launch"
@@ -809,6 +817,16 @@ def splits_unique_experts(expert_ids, rank_of, row_bytes):
     return splits(merged, rank_of, row_bytes, slots=True)
 
 
+def splits_merged_neighbours(expert_ids, rank_of, row_bytes):
+    """unique_consecutive, without sorting."""
+    sent = torch.zeros(len(expert_ids), len(expert_ids), dtype=torch.int64)
+    for i, ids in enumerate(expert_ids):
+        for row in ids.tolist():
+            for j, _ in groupby(int(rank_of[e]) for e in row if e >= 0):
+                sent[i, j] += 1
+    return sent, sent.T, (sent.sum(1) - sent.diagonal()) * row_bytes
+
+
 def splits_mask_after(expert_ids, rank_of, row_bytes):
     """Takes off the dropped ones from the last expert's rank, also where they were counted once or twice."""
     sent, _, _ = splits(expert_ids, rank_of, row_bytes, dropped=False)
@@ -1066,7 +1084,7 @@ VALUES_2 = "is the sum over experts of the chance that some token has it"
 LIMITS_2 = "at the edges: no tokens, every expert for each, one that nobody has"
 CHANGE_3, SHORT_3, LIMITS_3 = (
     "names each leader with its first batch, in three regimes",
-    "misses no lead, however short",
+    "misses no lead, however short or late",
     "at the edges: ties, dense models, every expert for each, one batch",
 )
 GQA_4, MLA_4, LIMITS_4 = (
@@ -1124,6 +1142,8 @@ WRONG = {
         ("the bound of the longest kernel", step_of_longest, BOUND_1),
         ("launching is no bound", but(step, order=("memory", "compute")), BOUND_1),
         ("one launch", but(step, launches=1), BOUND_1),
+        ("more than half of the time", step_by_majority, BOUND_1),
+        ("equal kernels once", lambda **c: step(**c | {"kernels": list(dict.fromkeys(c["kernels"]))}), TIME_1),
         ("ties are compute's", but(step, tie="compute"), BOUND_1),
         ("another order", but(step, order=("compute", "memory", "launch")), BOUND_1),
         ("an order from launch", but(step, order=("launch", "memory", "compute")), BOUND_1),
@@ -1137,7 +1157,9 @@ WRONG = {
         ("B·k, up to E", lambda shares, tokens, k: float(min(len(shares[0]), k * sum(tokens))), VALUES_2),
         ("draws with repetition", but(distinct, chance=lambda s, k: s, power=lambda n, k: n * k), VALUES_2),
         ("one choice", but(distinct, chance=lambda s, k: s), VALUES_2),
+        ("one token at least", but(distinct, power=lambda n, k: max(1, n)), LIMITS_2),
         ("k twice", but(distinct, power=lambda n, k: n * k), VALUES_2),
+        ("e^-x for (1 - p)^n", but(distinct, chance=lambda s, k: 1 - math.exp(-k * s)), VALUES_2),
         ("even popularity", but(distinct, even=True), VALUES_2),
         ("1 - (1 - s)^k a token", but(distinct, chance=lambda s, k: 1 - (1 - s) ** k), VALUES_2),
         ("one token fewer", but(distinct, power=lambda n, k: max(0, n - 1)), VALUES_2),
@@ -1195,6 +1217,8 @@ WRONG = {
         ("numpy's integers", lambda **c: [(np.int64(n), who) for n, who in leading(**c)], CHANGE_3),
         ("floats", lambda **c: [(float(n), who) for n, who in leading(**c)], CHANGE_3),
         ("halves on a grid", leading_on_grid, SHORT_3),
+        ("three regimes and no more", but(leading, only=3), SHORT_3),
+        ("up to batch 200", lambda **c: leading(**c | {"most": min(200, c["most"])}), SHORT_3),
         ("a tie is a's", but(leading, tie="a"), LIMITS_3),
         ("a tie is b's", but(leading, tie="b"), LIMITS_3),
         ("a tie at batch 1 is b's", but(leading, first_tie="b"), LIMITS_3),
@@ -1218,6 +1242,8 @@ WRONG = {
         ("caches of 16 bits", lambda **c: room(**c | {"cache_bits": 16}), GQA_4),
         ("weights of 16 bits", lambda **c: room(**c | {"weight_bits": 16}), GQA_4),
         ("weights of whole bits", but(room, whole_bits=True), GQA_4),
+        ("weights rounded down to bytes", lambda **c: room(
+            **c | {"params": c["params"] * c["weight_bits"] // 8, "weight_bits": 8}), LIMITS_4),
         ("weights on each device", but(room, split=False), GQA_4),
         ("weights forgotten", lambda **c: room(**c | {"params": 0}), GQA_4),
         ("one device", lambda **c: room(**c | {"devices": 1}), GQA_4),
@@ -1278,6 +1304,7 @@ WRONG = {
         ("4 + 16 / group", but(four_bits, bits=lambda w, p, s, g: 4 + 16 / g), BITS_5),
         ("scales of 32 bits", but(four_bits, bits=lambda w, p, s, g: (8 * p.numel() + 32 * s.numel()) / w.numel()), BITS_5),
         ("without fillings", but(four_bits, bits=lambda w, p, s, g: 4 + 16 * s.numel() / w.numel()), BITS_5),
+        ("whole groups alone", but(four_bits, bits=lambda w, p, s, g: (8 * p.nbytes + 16 * len(w) * (w.shape[1] // g)) / w.numel()), BITS_5),
         ("bytes", but(four_bits, bits=lambda w, p, s, g: (p.nbytes + s.nbytes) / w.numel()), BITS_5),
         ("all bits", but(four_bits, bits=lambda w, p, s, g: 8 * (p.nbytes + s.nbytes)), BITS_5),
         ("elements for bytes", but(four_bits, bits=lambda w, p, s, g: 8 * (p.numel() + s.numel()) / w.numel()), BITS_5),
@@ -1292,6 +1319,7 @@ WRONG = {
         ("E/R neighbours on a rank", but(splits, home=splits_contiguous), SENT_6),
         ("dealt out", but(splits, home=splits_round_robin), SENT_6),
         ("without its own", but(splits, own=True), SENT_6),
+        ("equal neighbours among the choices merged", splits_merged_neighbours, SENT_6),
         ("first choices", but(splits, first=True), SENT_6),
         ("different experts of all tokens", splits_unique_experts, SENT_6),
         ("lists", splits_lists, SENT_6),
@@ -1308,6 +1336,7 @@ WRONG = {
         ("dropped ones taken off again", splits_mask_after, LIMITS_6),
         ("as many ranks as hold experts", splits_ranks_of_experts, LIMITS_6),
         ("no rank without tokens", splits_need_tokens, LIMITS_6),
+        ("rows in 8 bits", lambda **c: (splits(**c)[0].to(torch.uint8).long(), *splits(**c)[1:]), LIMITS_6),
         ("bytes in 32 bits", lambda **c: (*splits(**c)[:2], splits(**c)[2].int().long()), LIMITS_6),
         (PACKAGE, splits_by_the_package, SENT_6),
     ],
