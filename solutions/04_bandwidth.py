@@ -41,8 +41,8 @@ from moe_course.grading import check, solution, total
 #
 # {meta 04.1}
 #
-# The roofline of a step lets all of its memory traffic overlap with all of its arithmetic. A GPU cannot: kernels run
-# one after another, and only within a kernel do the two overlap. Before each kernel, `launch_us` microseconds pass in
+# The roofline of a step lets all of its memory traffic overlap with all of its arithmetic. On a GPU kernels run one
+# after another, and only within a kernel do the two overlap. Before each kernel, `launch_us` microseconds pass in
 # which nothing happens. `kernels` lists (FLOPs, bytes) of each; the rates are given as data sheets print them,
 # `tflops` in $10^{12}$ FLOP/s and `gb_s` in $10^9$ bytes/s. Return
 #
@@ -175,7 +175,8 @@ def leaders(
 check("04.3", leaders)
 
 # %% [markdown]
-# Mixtral 8x7B in 16 bits against such a dense model, on an A100:
+# Mixtral 8x7B in 16 bits against such a dense model, at the rates of one A100 with 80 GB (it would take two to hold
+# Mixtral's 93.4 GB):
 
 # %%
 mixtral = {
