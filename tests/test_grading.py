@@ -127,7 +127,7 @@ def test_solution_scores_full_and_stub_nothing(root, number):
 
 @pytest.mark.parametrize(
     ("number", "points", "most"),
-    [("01", 20, 7), ("02", 25, 8), ("03", 25, 8), ("05", 25, 6)],
+    [("01", 20, 7), ("02", 25, 8), ("03", 25, 8), ("04", 25, 7), ("05", 25, 6)],
 )
 def test_exercises_are_as_announced(number, points, most):
     exercise = load_exercise(number)
@@ -440,6 +440,37 @@ def test_a_mistake_that_others_have_shipped_is_named(root, slip, says):
     for seed in SEEDS:
         outcome = grade(question, functools.partial(switch, **{slip: True}), seed)
         assert says in outcome.lines[0].detail, outcome.text()
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "says"),
+    [
+        ("04.1", "GiB/s", "a data sheet's GB are 10^9 bytes"),
+        ("04.1", "both times added up", "within a kernel they overlap"),
+        ("04.2", "draws with repetition", "a token's k experts differ"),
+        ("04.2", "B·k", "tokens share experts"),
+        ("04.2", "in float32", "compute in float64"),
+        ("04.3", "all stored experts", "read those that some token has"),
+        ("04.4", "query heads", "only key-value heads are cached"),
+        ("04.4", "no factor 2", "without the factor 2"),
+        ("04.4", "GiB devices", "with GiB for the GB of the device"),
+        ("04.4", "weights in bits", "bits for bytes in the weights"),
+        ("04.5", "two's complement", "here 8 is added"),
+        ("04.5", "the first in the low half", "here it is in the high one"),
+        ("04.5", "scales of 32 bits", "they are stored in 16"),
+        ("04.6", "one row a choice", "goes there once"),
+        ("04.6", "what stays leaves", "counts what stays on the rank"),
+    ],
+)
+def test_usual_mistakes_with_bytes_are_named(root, number, what, says):
+    (answer,) = [a for w, a, _ in filed(root, "04").WRONG[number] if w == what]
+    question, named = load_exercise("04").question(number), 0
+    for seed in SEEDS:
+        outcome = grade(question, answer, seed)
+        found = [line.detail for line in outcome.lines if line.status == core.FAILED]
+        named += says in found[0]
+    # On some cases several mistakes come to the same.
+    assert named > len(SEEDS) / 2
 
 
 def test_where_triton_is_missing_its_questions_are_left_out(root, monkeypatch, capsys):
