@@ -310,6 +310,15 @@ def test_adapters_are_saved_and_read(tmp_path):
     x = torch.randn(5, 8, dtype=torch.float64)
     finetune.load_adapters(two, file)
     assert torch.equal(one(x)[0], two(x)[0])
+    half = finetune.apply_lora_to_moe(
+        layer(bias=True, dtype=torch.bfloat16), [1, 2, 0, 3], train_router=True
+    )
+    finetune.load_adapters(half, file)  # in another dtype, too
+    assert torch.equal(half.experts.up.b, one.experts.up.b.bfloat16())
+    without = finetune.apply_lora_to_moe(layer(bias=True), [1, 2, 0, 3])
+    finetune.save_adapters(without, tmp_path / "without")
+    with pytest.raises(ValueError, match=r"lacks router\.weight"):
+        finetune.load_adapters(two, tmp_path / "without")
     finetune.merge(two)
     with pytest.raises(ValueError, match="unmerge them first"):
         finetune.load_adapters(two, file)

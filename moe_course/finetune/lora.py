@@ -286,7 +286,10 @@ def _adapted(
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Add every s·B A to its weight, in place: the same function to rounding, without cost. Twice is once."""
+    """Add every s·B A to its weight, in place: the same function to rounding, without cost. Twice is once.
+
+    What is merged does not learn: its adapters have no gradient until `unmerge`.
+    """
     return _change(model, merged=True)
 
 
@@ -340,7 +343,8 @@ def load_adapters(model: nn.Module, path: Path) -> nn.Module:
         raise ValueError("the model's adapters are merged: unmerge them first")
     read, adapters = load_file(path), adapter_weights(model)
     own = dict(model.named_parameters()) | adapters
-    if missing := sorted(set(adapters) - set(read)):
+    needed = set(adapters) | {n for n, p in model.named_parameters() if p.requires_grad}
+    if missing := sorted(needed - set(read)):
         raise ValueError(
             f"{path.name} lacks {missing[0]} ({len(missing)} missing): apply the same LoRA that was saved"
         )
@@ -352,7 +356,8 @@ def load_adapters(model: nn.Module, path: Path) -> nn.Module:
             )
     for name in adapters:
         meaning = name.endswith((".scale", ".place"))
-        if meaning and not torch.equal(read[name], adapters[name].cpu()):
+        mine = adapters[name].cpu()
+        if meaning and not torch.equal(read[name].to(mine.dtype), mine):
             raise ValueError(
                 f"{path.name} holds another {name} than the model: the same numbers would mean something else"
             )
