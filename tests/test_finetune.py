@@ -250,6 +250,14 @@ def test_budgets_in_numbers():
     assert budget.bytes == 2 * mixtral.total_params() + budget.training_bytes
     with pytest.raises(ValueError, match="rank must be at least 1"):
         finetune.lora_params(mixtral, 0)
+    # By hand: FFNs of one dense layer in V3's first three, of one shared expert in the other 58.
+    v3 = zoo["deepseek-v3"]
+    one = 3 * 16 * (7168 + 2048)
+    assert finetune.lora_params(v3, 16) == 58 * 256 * one
+    assert finetune.lora_params(v3, 16, experts=False, shared=True) == 58 * one
+    dense = finetune.lora_params(v3, 16, experts=False, dense=True)
+    assert dense == 3 * 3 * 16 * (7168 + 18432)
+    assert finetune.lora_params(zoo["llama-2-70b"], 16) == 0
 
 
 @pytest.mark.parametrize("ffn", [SwiGLU(8, 12), DenseFFN(8, 12, "gelu", bias=True)])
