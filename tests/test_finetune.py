@@ -135,6 +135,22 @@ def test_merging_is_the_same_function_and_can_be_taken_back(joint, rank):
     torch.testing.assert_close(moe(x)[0], y)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_weights_are_rounded_once(dtype):
+    moe = finetune.apply_lora_to_moe(layer(dtype=dtype), 4)
+    stir(moe)
+    adapter = moe.experts
+    pairs = ((adapter.experts.w_up, adapter.up), (adapter.experts.w_down, adapter.down))
+    want = []
+    for weight, low_rank in pairs:
+        wide = copy.deepcopy(low_rank).double()
+        want.append((weight.double() + wide.delta()).to(dtype))
+    finetune.merge(moe)
+    for (weight, _), exact in zip(pairs, want, strict=True):
+        # float32 on the way moves a weight only where it lies at the middle of two.
+        assert (weight != exact).float().mean() < 0.01
+
+
 def small(moe=None, attention=None, ffn=None):
     return ModelSpec(
         "small",
@@ -234,6 +250,14 @@ def test_budgets_in_numbers():
     assert budget.bytes == 2 * mixtral.total_params() + budget.training_bytes
     with pytest.raises(ValueError, match="rank must be at least 1"):
         finetune.lora_params(mixtral, 0)
+    # By hand: FFNs of one dense layer in V3's first three, of one shared expert in the other 58.
+    v3 = zoo["deepseek-v3"]
+    one = 3 * 16 * (7168 + 2048)
+    assert finetune.lora_params(v3, 16) == 58 * 256 * one
+    assert finetune.lora_params(v3, 16, experts=False, shared=True) == 58 * one
+    dense = finetune.lora_params(v3, 16, experts=False, dense=True)
+    assert dense == 3 * 3 * 16 * (7168 + 18432)
+    assert finetune.lora_params(zoo["llama-2-70b"], 16) == 0
 
 
 @pytest.mark.parametrize("ffn", [SwiGLU(8, 12), DenseFFN(8, 12, "gelu", bias=True)])
@@ -294,6 +318,27 @@ def test_adapters_are_saved_and_read(tmp_path):
     x = torch.randn(5, 8, dtype=torch.float64)
     finetune.load_adapters(two, file)
     assert torch.equal(one(x)[0], two(x)[0])
+    half = finetune.apply_lora_to_moe(
+        layer(bias=True, dtype=torch.bfloat16), [1, 2, 0, 3], train_router=True
+    )
+    finetune.load_adapters(half, file)  # in another dtype, too
+    assert torch.equal(half.experts.up.b, one.experts.up.b.bfloat16())
+    without = finetune.apply_lora_to_moe(layer(bias=True), [1, 2, 0, 3])
+    finetune.save_adapters(without, tmp_path / "without")
+    with pytest.raises(ValueError, match=r"lacks router\.weight"):
+        finetune.load_adapters(two, tmp_path / "without")
+    finetune.merge(two)
+    with pytest.raises(ValueError, match="unmerge them first"):
+        finetune.load_adapters(two, file)
+    # The same shapes, and another function: other experts, another scale.
+    for ranks, alpha in (([0, 1, 2, 3], 32.0), ([1, 2, 0, 3], 16.0)):
+        moe = finetune.apply_lora_to_moe(
+            layer(bias=True), ranks, alpha, train_router=True
+        )
+        before = copy.deepcopy(moe.state_dict())
+        with pytest.raises(ValueError, match="mean something else"):
+            finetune.load_adapters(moe, file)
+        assert all(torch.equal(v, before[k]) for k, v in moe.state_dict().items())
     other = finetune.apply_lora_to_moe(layer(), 5)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match="of shape"):
@@ -314,6 +359,14 @@ def test_bad_requests_are_refused():
         finetune.apply_lora_to_moe(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="nothing to train"):
         finetune.apply_lora_to_moe(layer(), 2, experts=False)
+    with pytest.raises(ValueError, match="no shared expert"):
+        finetune.apply_lora_to_moe(layer(), 2, shared=True)
+    with pytest.raises(ValueError, match="no attention"):
+        finetune.apply_lora_to_moe(layer(), 2, attention=True)
+    with pytest.raises(ValueError, match="has LoRA already"):
+        finetune.apply_lora_to_moe(finetune.apply_lora_to_moe(layer(), 2), 2)
+    with pytest.raises(ValueError, match="no linear map"):
+        finetune.LoRAExpertAdapter(nn.Sequential(nn.ReLU()), 2)
     for ranks in (0, [1, 2], [0, 0, 0, 0], [1, 1, 1, -1]):
         with pytest.raises(ValueError, match="ranks must be"):
             finetune.apply_lora_to_moe(layer(), ranks)

@@ -47,7 +47,7 @@ def lora_params(
     dense: bool = False,
     joint: bool = False,
 ) -> int:
-    """Parameters of LoRA: r · (in + out) for each matrix that it is put on.
+    """Parameters of LoRA: r · (in + out) for each matrix that it is put on; 0 for what a model does not have.
 
     experts, shared, dense: gate, up and down projections of the routed experts, the shared ones, and the FFNs of dense
         layers. joint: gate and up projection of a routed expert share their A.

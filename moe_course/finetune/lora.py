@@ -98,11 +98,11 @@ class LowRank(nn.Module):
         return out.new_zeros(len(rows), out.shape[-1]).index_copy(0, mine, out)
 
     def delta(self) -> Float[Tensor, "E outputs inputs"]:
-        """s_e · B_e A_e of every matrix, 0 where none is added."""
-        pairs = zip(
-            self.a.chunk(self.parts, 1), self.b.chunk(self.parts, 1), strict=True
-        )
-        whole = torch.cat([(b * self.scale[:, None]) @ a for a, b in pairs], 1)
+        """s_e · B_e A_e of every matrix, 0 where none is added; in float32 at least."""
+        wide = torch.promote_types(self.a.dtype, torch.float32)
+        a, b, scale = (t.to(wide) for t in (self.a, self.b, self.scale))
+        pairs = zip(a.chunk(self.parts, 1), b.chunk(self.parts, 1), strict=True)
+        whole = torch.cat([(b * scale[:, None]) @ a for a, b in pairs], 1)
         every = whole.new_zeros(len(self.place), *whole.shape[1:])
         return every.index_copy(0, (self.place >= 0).nonzero().squeeze(1), whole)
 
@@ -140,7 +140,8 @@ class LoRAExpertAdapter(nn.Module):
     rank: of all experts, or one for each; 0 leaves an expert alone.
     joint: gate and up projection share their A, as they do in PEFT where they are stored as one; else each has its own.
 
-    Stands in for the experts in `layers.MoE`. Raises ValueError on ranks that do not fit the experts.
+    Stands in for the experts in `layers.MoE`. `dispatch` counts once the adapters are merged; before, all experts are
+    one grouped product. Raises ValueError on ranks that do not fit the experts, and where there is nothing to adapt.
     """
 
     def __init__(
@@ -203,9 +204,11 @@ class LoRAExpertAdapter(nn.Module):
 def _adapt_linear_maps(
     module: nn.Module, rank: int, alpha: float, dropout: float, rs: bool
 ) -> None:
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
-            setattr(module, name, LoRALinear(child, rank, alpha, dropout, rs))
+    linear = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
+    if not linear:
+        raise ValueError(f"{type(module).__name__} has no linear map to adapt")
+    for name, child in linear.items():
+        setattr(module, name, LoRALinear(child, rank, alpha, dropout, rs))
 
 
 def apply_lora_to_moe(
@@ -225,9 +228,11 @@ def apply_lora_to_moe(
 
     Everything is frozen but what is asked for: the adapters of the routed `experts`, of the `shared` ones, of the
     linear maps of `attention`, and, as it is, the router (`train_router`). A list of ranks is for the routed experts;
-    the rest then takes the largest. Raises ValueError where nothing is asked for or there is no sparse layer.
+    the rest then takes the largest. Raises ValueError where nothing is asked for, where the model has none of what is
+    asked for, and where it has LoRA already: an adapter that is missed would train nothing, and say nothing.
     """
     layers = [m for m in model.modules() if isinstance(m, MoE)]
+    blocks = [m for m in model.modules() if isinstance(m, DecoderBlock)]
     if not layers:
         raise ValueError(
             "there is no sparse layer (moe_course.layers.MoE) in the model"
@@ -235,6 +240,16 @@ def apply_lora_to_moe(
     if not (experts or shared or attention or train_router):
         raise ValueError(
             "nothing to train: ask for experts, shared, attention or train_router"
+        )
+    if shared and all(layer.shared is None for layer in layers):
+        raise ValueError("there is no shared expert in the model")
+    if attention and not blocks:
+        raise ValueError(
+            "there is no attention (moe_course.layers.DecoderBlock) in the model"
+        )
+    if any(isinstance(m, LowRank) for m in model.modules()):
+        raise ValueError(
+            "the model has LoRA already: ask for all parts at once, or merge and rebuild it"
         )
     model.requires_grad_(False)
     one = rank if isinstance(rank, int) else max(rank)
@@ -247,7 +262,7 @@ def apply_lora_to_moe(
         if train_router:
             layer.router.requires_grad_(True)
     if attention:
-        for block in (m for m in model.modules() if isinstance(m, DecoderBlock)):
+        for block in blocks:
             _adapt_linear_maps(block.attention, one, alpha, dropout, rs)
     return model
 
@@ -270,35 +285,38 @@ def _adapted(
             yield module, [(bank.w_up, module.up), (bank.w_down, module.down)]
 
 
-@torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Add every s·B A to its weight, in place: the same function to rounding, without cost. Twice is once."""
-    for module, pairs in _adapted(model):
-        if not module.merged:
-            for weight, low_rank in pairs:
-                weight += low_rank.delta().to(weight.dtype)
-            module.merged = True  # type: ignore[assignment]
-    return model
+    """Add every s·B A to its weight, in place: the same function to rounding, without cost. Twice is once.
+
+    What is merged does not learn: its adapters have no gradient until `unmerge`.
+    """
+    return _change(model, merged=True)
 
 
-@torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
     """Take it out again: the weights as they were, to rounding."""
+    return _change(model, merged=False)
+
+
+@torch.no_grad()
+def _change(model: nn.Module, merged: bool) -> nn.Module:
     for module, pairs in _adapted(model):
-        if module.merged:
+        if module.merged != merged:
             for weight, low_rank in pairs:
-                weight -= low_rank.delta().to(weight.dtype)
-            module.merged = False  # type: ignore[assignment]
+                # Added in float32 and rounded once, to what the weights are stored in.
+                delta = low_rank.delta()
+                weight.copy_(weight + delta if merged else weight - delta)
+            module.merged = merged  # type: ignore[assignment]
     return model
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of all adapters by name, without the model's own (and without a router that was trained)."""
+    """All adapters by name: A and B, and what they mean, the scale s_e and the place of each expert's in the stack."""
     return {
-        f"{name}.{letter}": getattr(module, letter)
+        f"{name}.{part}": getattr(module, part)
         for name, module in model.named_modules()
         if isinstance(module, LowRank)
-        for letter in ("a", "b")
+        for part in ("a", "b", "scale", "place")
     }
 
 
@@ -315,12 +333,17 @@ def save_adapters(model: nn.Module, path: Path) -> None:
 def load_adapters(model: nn.Module, path: Path) -> nn.Module:
     """Read what `save_adapters` wrote into a model that `apply_lora_to_moe` prepared alike.
 
-    Raises ValueError where names or shapes differ; nothing is changed then.
+    Raises ValueError where names, shapes, scales or the adapted experts differ, and while the model's own adapters are
+    merged; nothing is changed then.
     """
     from safetensors.torch import load_file
 
-    read, own = load_file(path), dict(model.named_parameters())
-    needed = set(adapter_weights(model))
+    # Else unmerge would take out what was never put in.
+    if any(module.merged for module, _ in _adapted(model)):
+        raise ValueError("the model's adapters are merged: unmerge them first")
+    read, adapters = load_file(path), adapter_weights(model)
+    own = dict(model.named_parameters()) | adapters
+    needed = set(adapters) | {n for n, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(needed - set(read)):
         raise ValueError(
             f"{path.name} lacks {missing[0]} ({len(missing)} missing): apply the same LoRA that was saved"
@@ -330,6 +353,13 @@ def load_adapters(model: nn.Module, path: Path) -> nn.Module:
             found = list(own[name].shape) if name in own else "nothing of that name"
             raise ValueError(
                 f"{path.name} holds {name} of shape {list(tensor.shape)}, but the model has {found}"
+            )
+    for name in adapters:
+        meaning = name.endswith((".scale", ".place"))
+        mine = adapters[name].cpu()
+        if meaning and not torch.equal(read[name].to(mine.dtype), mine):
+            raise ValueError(
+                f"{path.name} holds another {name} than the model: the same numbers would mean something else"
             )
     for name, tensor in read.items():
         own[name].copy_(tensor)
