@@ -69,6 +69,10 @@ class Setup:
     batch_size: int = 16
     first_steps: int = 800
     extra_steps: int = 400  # of the dense model; a costlier one takes fewer
+    peak_lr: float = 3e-3
+    extra_lr: float = (
+        1e-3  # of what goes on from a trained model: the full rate undoes much first
+    )
     held_out: int = 32_768  # bytes of each domain
     rows: int = 8  # of each curve
 
@@ -103,12 +107,14 @@ def train(
     seed: int,
     setup: Setup,
     checkpoint: Path | None = None,
+    peak_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """So many steps, or as many as the text has; rows of the log, held-out bits as their mean over the domains."""
     batches = data.Batches(text, setup.context, setup.batch_size, seed)
     steps = min(steps, len(batches))
     recipe = loop.Recipe(
         steps,
+        peak_lr=setup.peak_lr if peak_lr is None else peak_lr,
         warmup=steps // 10,
         rows=setup.rows,
         held_out_windows=setup.held_out // setup.context,
@@ -171,7 +177,9 @@ def run(name: str, seed: int, setup: Setup, folder: Path) -> dict[str, Any]:
     steps, text = setup.extra_steps, after
     if arm.start == "scratch, all compute":
         steps, text = setup.first_steps + setup.extra_steps, torch.cat([before, after])
-    curve = train(model, text, round(steps * cost / each), seed, setup)
+    peak_lr = setup.extra_lr if arm.start == "upcycled" else setup.peak_lr
+    steps = round(steps * cost / each)
+    curve = train(model, text, steps, seed, setup, peak_lr=peak_lr)
     return {
         "dense_bits": log[-1]["bits"],
         "params": model.spec.total_params(),
