@@ -49,7 +49,8 @@ from moe_course.grading import check, solution, total
 # $$h = W_e x + \text{scale} \cdot B_e A_e x, \qquad \operatorname{silu}(h_{\text{gate}}) \odot h_{\text{up}}$$
 #
 # An expert may have no rows. `b` is 0 when training starts: its gradient must not be. The check also counts: no
-# $B_e A_e$ is formed, which would cost more than what it adds to a few rows, and no row gets a weight of its own.
+# $B_e A_e$ is formed, which would cost more than what it adds to a few rows, no row gets a copy of weights for itself,
+# and none meets the weights of other experts.
 
 
 # %% tags=["06.1"]
