@@ -133,6 +133,36 @@ def hidden_every_expert(x, ends, weight, a, b, scale):
     return swiglu(h[torch.arange(len(x)), e])
 
 
+def hidden_every_adapter(x, ends, weight, a, b, scale):
+    """All A on all rows; then each row keeps that of its expert."""
+    e = torch.tensor(owners(x, ends), dtype=torch.int64)
+    z = torch.einsum("sd,erd->ser", x, a)[torch.arange(len(x)), e]
+    parts, first = [], 0
+    for i, end in enumerate(ends.tolist()):
+        mine = slice(first, end)
+        parts.append(x[mine] @ weight[i].T + scale * z[mine] @ b[i].T)
+        first = end
+    return swiglu(torch.cat(parts))
+
+
+def hidden_gate_inside_up_outside(x, ends, weight, a, b, scale):
+    f = weight.shape[1] // 2
+    plain = hidden(x, ends, weight, a, b, 0.0, act=lambda h: h)
+    whole = hidden(x, ends, weight, a, b, scale, act=lambda h: h)
+    return F.silu(plain[:, :f]) * whole[:, f:]
+
+
+def hidden_stops_at_idle(x, ends, weight, a, b, scale):
+    out, first = x.new_zeros(len(x), weight.shape[1] // 2), 0
+    for e, end in enumerate(ends.tolist()):
+        if end == first:
+            break
+        rows = x[first:end]
+        out[first:end] = swiglu(rows @ weight[e].T + scale * rows @ a[e].T @ b[e].T)
+        first = end
+    return out
+
+
 def hidden_skips_at_zero(x, ends, weight, a, b, scale):
     """Where B is 0 there is nothing to add."""
     if not b.any():
@@ -1084,6 +1114,11 @@ WRONG = {
         ("a weight for each row", hidden_gathered, COST_1),
         ("adapters for each row", hidden_gathered_adapters, COST_1),
         ("every expert on every row", hidden_every_expert, COST_1),
+        ("every adapter on every row", hidden_every_adapter, COST_1),
+        ("gate without LoRA", hidden_gate_inside_up_outside, LORA_1),
+        ("ends as counts", lambda ends, **c: hidden(ends=ends.cumsum(0).clamp(max=len(c["x"])), **c), LORA_1),
+        ("a whole scale", hidden_scaled(lambda s, a: int(s)), LORA_1),
+        ("stops at an idle expert", hidden_stops_at_idle, LIMITS_1),
         ("nothing to concatenate", but(hidden, skip=True), LIMITS_1),
         ("experts with rows alone", hidden_served_only, LIMITS_1),
         ("nothing to learn at B = 0", hidden_skips_at_zero, LIMITS_1),
@@ -1224,6 +1259,9 @@ WRONG = {
         ("softmax, then log", but(moved, kl=lambda p, q, _: (p.exp() * (p.exp() / q.exp()).log()).sum(1).mean()), KL_5),
         ("an epsilon", but(moved, kl=lambda p, q, _: (p.exp() * ((p.exp() + 1e-9) / (q.exp() + 1e-9)).log()).sum(1).mean()), KL_5),
         ("of probabilities twice", but(moved, kl=lambda p, q, _: moved_kl(p.exp().log_softmax(1), q.exp().log_softmax(1))), KL_5),
+        ("in float32 at last", lambda **c: (moved(**c)[0], float(np.float32(moved(**c)[1]))), KL_5),
+        ("nothing below -30", but(moved, kl=lambda p, q, _: moved_kl(p.clamp(min=-30), q.clamp(min=-30))), KL_5),
+        ("what softmax has left", but(moved, kl=lambda p, q, _: (p.exp() * (p.exp().log() - q.exp().log())).nan_to_num(0, 0, 0).sum(1).mean()), KL_5),
         ("never below 1e-6", but(moved, kl=lambda p, q, _: moved_kl(p, q).clamp(min=1e-6)), KL_5),
         ("E agrees with E", but(moved, missing=False), LIMITS_5),
         ("E is an expert", but(moved, missing=False, chosen=False), LIMITS_5),
@@ -1303,6 +1341,8 @@ WRONG = {
         ("sums cancel", but(step, idle=lambda g: g.flatten(1).sum(1) == 0), NEARLY_7),
         ("norms vanish", but(step, idle=lambda g: g.flatten(1).square().sum(1) == 0), NEARLY_7),
         ("nearly 0 is 0", but(step, idle=lambda g: g.flatten(1).abs().amax(1) < 1e-12), NEARLY_7),
+        ("the largest is 0", but(step, idle=lambda g: g.flatten(1).amax(1) == 0), NEARLY_7),
+        ("the least is 0", but(step, idle=lambda g: g.flatten(1).amin(1) == 0), NEARLY_7),
         ("any 0 is idle", but(step, idle=lambda g: (g == 0).flatten(1).any(1)), NEARLY_7),
         ("the first entry", but(step, idle=lambda g: g.flatten(1)[:, 0] == 0), NEARLY_7),
         ("the first row", step_last_wins, NEARLY_7),

@@ -170,7 +170,8 @@ def _lora_cost(answer: Answer, rng: Random) -> str:
     _, done = cost(answer.function, **case)
     rows = each * experts
     needed = 2 * rows * (2 * hidden * width + rank * (width + 2 * hidden))
-    if done > 2 * needed:
+    # All adapters on all rows would be 1.7 times as much.
+    if done > 1.5 * needed:
         raise Failure(
             f"{describe(**case)}:\n    your matrix products take {done:,} FLOPs; those of the rows take {needed:,}. "
             f"The products B A alone would take {2 * experts * 2 * hidden * rank * width:,}"
@@ -434,7 +435,7 @@ def _names_frozen(answer: Answer, rng: Random) -> None:
 
 
 def _names_alike(answer: Answer, rng: Random) -> None:
-    numbers = [0, 1, 2, 10, 11, 12, 21]
+    numbers, few = [0, 1, 2, 10, 11, 21], [0, 1, 11]
     # The letters of "lora_" and of parts, and digits, where they mean nothing.
     prefixes = ("model.", "", "base_model.model.model.", "flora_v2.", "experts11.")
     for number in numbers:
@@ -442,12 +443,12 @@ def _names_alike(answer: Answer, rng: Random) -> None:
         _expect_names(answer, case | {"layers": [number], "lora": list(PARTS)})
     for part in PARTS:
         for prefix in prefixes:
-            case = _name_case(rng, numbers, prefix, False) | {"layers": None}
+            case = _name_case(rng, few, prefix, False) | {"layers": None}
             _expect_names(answer, case | {"lora": [part], "full": []})
             _expect_names(answer, case | {"lora": [], "full": [part]})
     for prefix in prefixes:
-        for _ in range(6):
-            _expect_names(answer, _name_case(rng, numbers, prefix, False))
+        for _ in range(4):
+            _expect_names(answer, _name_case(rng, few, prefix, False))
     none = _name_case(rng, numbers, "model.", False)
     _expect_names(answer, none | {"layers": [], "lora": list(PARTS)})
     _expect_names(answer, none | {"layers": [99, 1], "full": list(PARTS)})
@@ -646,7 +647,8 @@ def _expect_kl(answer: Answer, case: dict[str, Any]) -> None:
     _, got = _drift_pair(answer, case)
     first, second = case["logits_before"], case["logits_after"]
     want = _kl(case["ids_before"], first, second)
-    if abs(got - want) <= 1e-6 * abs(want) + 1e-15:
+    # Of 1e-7, float64 has lost the last digits as well.
+    if abs(got - want) <= 1e-9 * abs(want) + 1e-14:
         return
     text = f"{describe(**case)}:\n    KL: expected {want:.8g}, got {got:.8g}"
     if abs(got - want) <= 1e-5:
@@ -706,10 +708,11 @@ def _drift_kl(answer: Answer, rng: Random) -> None:
         # Of 1e-7, where float32 has rounding errors of that size.
         for _ in range(3):
             _expect_kl(answer, _drift_case(rng, 6, 2, 16, moved=5e-4, dtype=dtype))
-    large = _drift_case(rng, 4, 2, 5)
-    # exp(1000) overflows, and so does a probability of exp(-1000) that is divided by.
-    large["logits_before"] = 500 + 200 * large["logits_before"]
-    large["logits_after"] = 500 + 200 * large["logits_after"]
+    large = _drift_case(rng, 4, 2, 5, dtype=torch.float64)
+    # exp(1000) overflows, exp(-1000) is 0, and the expert that had all of a token has nothing of it now.
+    for name in ("logits_before", "logits_after"):
+        large[name] = 300 * large[name]
+    large["logits_before"][0, 1] = large["logits_after"][0, 2] = 3000.0
     _expect_kl(answer, large)
     still = _drift_case(rng, 3, 2, 4)
     _expect_kl(answer, still | {"logits_after": still["logits_before"].clone()})
@@ -992,12 +995,14 @@ def _steps_limits(answer: Answer, rng: Random) -> None:
     tiny["grad"][0:2] *= 1e-30
     signed = _step_case(rng, (2, 3), [1])
     signed["grad"][1] = -0.0
-    negative = _step_case(rng, (3, 2), [2])
-    negative["grad"] = -negative["grad"].abs()
+    one_sign = _step_case(rng, (3, 3), [2])
+    one_sign["grad"] = one_sign["grad"].abs()
+    one_sign["grad"][0] *= -1
+    one_sign["grad"][:2, 1] = 0.0  # now 0 is the largest of one, the least of the other
     row = _step_case(rng, (2, 3, 3), [])
     row["grad"][0, 1], row["grad"][1, :, 2] = 0.0, 0.0
     cases = [
-        *(cancel, single, tiny, signed, negative, row),
+        *(cancel, single, tiny, signed, one_sign, row),
         # The first steps, of some and of all.
         _step_case(rng, (3, 2), [1], fresh=(0, 1)),
         _step_case(rng, (2, 3, 2), [], fresh=(0, 1)),
