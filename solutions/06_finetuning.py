@@ -169,8 +169,8 @@ def trained_names(
         wanted = lora if {"lora_A", "lora_B"} & set(path) else full
         if part in wanted and (layers is None or int(path[at]) in layers):
             trained.append(name)
-    # END SOLUTION
     return trained
+    # END SOLUTION
 
 
 # %%

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_course.finetune import budget, drift, lora, select, upcycle
+from moe_course.finetune import budget, drift, lora, select
+from moe_course.finetune.upcycle import upcycled_spec
 from moe_course.layers import Experts
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 
@@ -898,9 +899,7 @@ def upcycle_by_index(gate, up, down, router, pieces, shared, factor):
 
 
 def upcycle_by_the_package(gate, up, down, router, pieces, shared, factor):
-    upcycle.upcycled_spec(
-        ModelSpec("m", 4, 1, 8, GQA(2, 1, 2), ffn=FFN(8, gated=True)), 2, 1
-    )
+    upcycled_spec(ModelSpec("m", 4, 1, 8, GQA(2, 1, 2), ffn=FFN(8, gated=True)), 2, 1)
     return upcycle_layer(gate, up, down, router, pieces, shared, factor)
 
 
