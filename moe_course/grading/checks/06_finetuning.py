@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -493,8 +494,8 @@ def _bytes(
         trained += ranks.get(part, 0) * (inputs + outputs)
     if joint and "experts" in ranks:
         trained -= sparse * shape["experts"] * ranks["experts"] * d
-    frozen = math.ceil(total * frozen_bits / 8)
-    return trained, frozen + 16 * trained, 16 * total
+    adapters, bits = 16 * trained, total * frozen_bits
+    return trained, math.ceil(Fraction(bits, 8)) + adapters, 16 * total
 
 
 def _shape(rng: Random, layers: int, dense: int, shared: bool) -> dict[str, int]:
