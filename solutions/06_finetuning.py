@@ -291,7 +291,7 @@ print(training_bytes(qwen, {"experts": 16}, joint=True, frozen_bits=16))
 #   after. An expert that is forbidden, with a logit of minus infinity both before and after, adds 0.
 #
 # Two routers that are almost equal have a KL of $10^{-7}$ or less, which is what float32 loses in such a sum: compute
-# in float64, whatever the logits come in. Where no token counts, nothing has moved: an agreement of 1.0 and a KL of 0.0.
+# in float64, whatever the logits come in. Where no token counts, nothing has moved: an agreement of 1.0, a KL of 0.0.
 #
 # *Worked example.* 4 experts; before `[[0, 1], [2, 4], [4, 4]]`, after `[[1, 3], [4, 2], [0, 1]]`. Three experts
 # before: token 0 keeps expert 1, token 1 keeps expert 2, and token 2 is padding. The agreement is 2/3.

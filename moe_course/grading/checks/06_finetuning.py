@@ -60,6 +60,8 @@ def _named(got: Any, mistakes: dict[str, Callable[..., Any]], want: Any) -> str:
         far = (plain - other.double()).abs().max()
         return bool(far <= 1e-4 * scale)
 
+    if is_like(want):
+        return "\n    nearly: compute in the type of the arguments, float32 rounds in the seventh digit"
     for text, mistake in mistakes.items():
         if is_like(mistake()):
             return f"\n    that is {text}"
@@ -863,10 +865,13 @@ def _expect_same_function(answer: Answer, rng: Random, case: dict[str, Any]) -> 
         want = _dense(x, **wide)
         off = (got - want).abs().max().item()
         if not off <= 1e-5 * want.abs().max().item():
-            ratio = ""
-            plain = (got * want).sum() / want.square().sum()
-            if bool((got - plain * want).abs().max() <= 1e-5 * got.abs().max()):
-                ratio = f"\n    it is {plain.item():.4g} times what it should be"
+            # What the routed experts add, and how many times too much of it.
+            kept = case["shared"]
+            alone = _dense(x, wide["gate"][:kept], wide["up"][:kept], wide["down"][:, :kept])  # fmt: skip
+            added, right, ratio = got - alone, want - alone, ""
+            times = (added * right).sum() / right.square().sum()
+            if bool((added - times * right).abs().max() <= 1e-5 * right.abs().max()):
+                ratio = f"\n    the routed experts add {times.item():.4g} times what they should"
             raise Failure(
                 f"{describe(**case)}, k={k}:\n    for x={shown(x[:1])} expected {shown(want[:1])},\n"
                 f"    got {shown(got[:1])}{ratio}"
