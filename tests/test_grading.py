@@ -127,7 +127,14 @@ def test_solution_scores_full_and_stub_nothing(root, number):
 
 @pytest.mark.parametrize(
     ("number", "points", "most"),
-    [("01", 20, 7), ("02", 25, 8), ("03", 25, 8), ("04", 25, 7), ("05", 25, 6)],
+    [
+        ("01", 20, 7),
+        ("02", 25, 8),
+        ("03", 25, 8),
+        ("04", 25, 7),
+        ("05", 25, 6),
+        ("06", 25, 7),
+    ],
 )
 def test_exercises_are_as_announced(number, points, most):
     exercise = load_exercise(number)
