@@ -18,8 +18,8 @@
 #   experts that nobody used;
 # - measure how far a router has moved, and turn a dense layer into a sparse one that computes the same.
 #
-# {minutes} · {points} points · Needs: [LoRA on experts](../book/finetuning/lora.ipynb), [Drift and
-# freezing](../book/finetuning/drift.ipynb) and [Upcycling](../book/finetuning/upcycling.ipynb).
+# {minutes} · {points} points · Needs: [LoRA on experts](../book/finetuning/lora.ipynb), [Router
+# drift](../book/finetuning/drift.ipynb) and [Upcycling](../book/finetuning/upcycling.ipynb).
 #
 # </div>
 #
