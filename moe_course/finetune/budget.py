@@ -25,7 +25,7 @@ class Budget:
 
     @property
     def training_bytes(self) -> float:
-        """What is held because something is trained: gradients, optimiser and the weights of what is trained."""
+        """Gradients, optimiser and weights of what is trained, held for that alone."""
         return self.trainable * self.trained
 
 

@@ -121,6 +121,7 @@ class LoRALinear(nn.Module):
         self.merged = False
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        """W x + s · B A x, or the merged product."""
         y = self.linear(x)
         if self.merged:
             return y
