@@ -400,6 +400,17 @@ def test_drift_of_a_router_in_numbers():
     want = (p * (p / q).log()).sum(-1)
     torch.testing.assert_close(finetune.router_kl(before.logits, after.logits), want)
     assert drift.kl == pytest.approx(want.mean().item())
+    one_way = (
+        routing([[3.0, 1.0, 0.0]]),
+        routing([[0.0, 0.0, 0.5]]),
+    )  # KL is not symmetric
+    p, q = (r.logits.softmax(-1) for r in one_way)
+    want = (p * (p / q).log()).sum().item()
+    assert finetune.drift_of(*one_way).kl == pytest.approx(want)
+    dropped = replace(
+        before, expert_ids=torch.tensor([[0, 3], [2, 1]])
+    )  # 3 is no expert
+    assert finetune.drift_of(dropped, before).load_before == pytest.approx([1 / 3] * 3)
     shifted = routing(before.logits + 5, 2)  # the same probabilities
     assert finetune.drift_of(before, shifted).kl == pytest.approx(0, abs=1e-12)
 
@@ -467,6 +478,10 @@ def test_parts_cover_every_parameter_once():
         if part in sizes:
             sizes[part] += model.get_parameter(name).numel()
     assert sizes == {part: breakdown[part].total for part in sizes}
+    gated = replace(small().moe, shared_gate=True)
+    model_with_gate = Transformer(small(gated))
+    of = finetune.parts_of(model_with_gate)
+    assert {of[n] for n in of if "shared_gate" in n} == {"shared"}
     finetune.train_only(model, ["router", "rest"])
     assert {parts[n] for n, p in model.named_parameters() if p.requires_grad} == {
         "router",

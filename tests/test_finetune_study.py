@@ -26,7 +26,7 @@ UP = upcycle_study.Setup(
     context=16,
     batch_size=4,
     first_steps=6,
-    extra_steps=4,
+    extra_steps=20,
     held_out=256,
     rows=2,
 )

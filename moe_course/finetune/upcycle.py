@@ -51,17 +51,21 @@ def upcycle(
 ) -> Transformer:
     """A sparse model whose experts are copies of the dense one's FFNs, with new routers.
 
-    With a gate whose weights sum to 1 it computes what the dense model computes, to rounding, whoever the router
-    chooses: equal experts have equal outputs. With one whose weights do not, it does not.
+    With a gate whose weights sum to 1 it computes what the dense model computes, to
+    rounding, whoever the router chooses: equal experts have equal outputs. With one
+    whose weights do not, it does not.
 
-    granularity: g > 1 cuts each copy into g pieces along its hidden numbers; the sum over a copy's pieces is the whole.
-        The router starts with equal rows for the pieces of one copy, so that the k·g chosen ones are k whole copies
-        (virtual groups: arXiv:2410.07524, section 3.2), and the down projections are multiplied by g, because each
-        piece gets 1/g of its copy's weight.
-    noise: standard deviation of what is added to the experts' weights, relative to that of each stack: it breaks ties
-        between copies, which otherwise learn the same until their tokens differ.
+    granularity: g > 1 cuts each copy into g pieces along its hidden numbers; the sum
+        over a copy's pieces is the whole. The router starts with equal rows for the
+        pieces of one copy, so that the k·g chosen ones are k whole copies (virtual
+        groups: arXiv:2410.07524), and the down projections are multiplied by g,
+        because each piece gets 1/g of its copy's weight.
+    noise: standard deviation of what is added to the experts' weights, relative to
+        that of each stack: it breaks ties between copies, which otherwise learn the
+        same until their tokens differ.
 
-    Raises ValueError on a model that is not dense and on a granularity that does not divide the FFN.
+    Raises ValueError on a model that is not dense and on a granularity that does not
+    divide the FFN.
     """
     spec = upcycled_spec(dense.spec, experts, k, granularity, every)
     sparse = Transformer(spec, gate, **router_options)
