@@ -543,6 +543,39 @@ def test_idle_experts_stay_what_they_were(make):
     assert (spared[0] != first[0]).any(), "the busy one learns"
 
 
+def test_sparing_leaves_other_optimisers_alone():
+    """Weights and biases in optimisers of their own, and one that keeps no state."""
+    moe = layer(bias=True)
+    bank = moe.experts
+    first = torch.optim.AdamW([bank.w_up, bank.w_down], lr=0.1)
+    second = torch.optim.SGD([bank.b_up, bank.b_down], lr=0.1)
+    for optimizer in (first, second):
+        finetune.spare_idle_experts(optimizer, [bank])
+    moe(torch.randn(6, 8, dtype=torch.float64))[0].sum().backward()
+    first.step()
+    second.step()
+    assert set(first.state) == {bank.w_up, bank.w_down}
+    assert not second.state
+    first.state_dict()
+
+
+def test_frozen_weights_have_nothing_to_mask():
+    bank = layer(bias=True).experts
+    bank.b_up.requires_grad_(False)
+    chosen = torch.tensor([True, False, True, False])
+    assert len(finetune.train_experts(bank, chosen)) == 3
+
+
+def test_counts_of_relevant_experts_do_not_saturate():
+    """bfloat16 counts to 256: the weights may be of that type, the sums may not."""
+    ids = torch.tensor([0] * 3500 + [1] * 596 + [2] * 3000 + [3] * 1096)[:, None]
+    r = routing(torch.nn.functional.one_hot(ids[:, 0], 4).double())
+    r = replace(r, expert_ids=ids, weights=torch.ones(len(ids), 1).bfloat16())
+    for by in ("weight", "tokens"):
+        chosen = finetune.relevant_experts(r, 0.5, by)
+        assert chosen.tolist() == [True, False, True, False]
+
+
 def test_only_chosen_experts_learn():
     moe = layer()
     start = copy.deepcopy(moe.experts.state_dict())
@@ -622,6 +655,9 @@ def test_where_upcycling_is_not_exact():
     assert torch.equal(dense(ids)[0], y)
     with pytest.raises(ValueError, match="not dense"):
         finetune.upcycle(noisy, 4, 2)
+    with pytest.raises(ValueError, match=r"every must lie in 1\.\.2"):
+        finetune.upcycle(dense, 4, 2, every=3)
+    assert not finetune.upcycle(dense.eval(), 4, 2).training
     with pytest.raises(ValueError, match="granularity must divide"):
         finetune.upcycle(dense, 4, 2, granularity=5)
 

@@ -18,7 +18,7 @@ def router_kl(
 ) -> Float[Tensor, " T"]:
     """KL(before ‖ after) of each token's probabilities, in nats, from the logits: what agreement does not see.
 
-    sum over e of p_e · (log p_e - log q_e)
+    sum over e of p_e · (log p_e - log q_e); NaN where a logit is -inf
     """
     log_p = before.double().log_softmax(-1)
     log_q = after.double().log_softmax(-1)
@@ -36,7 +36,7 @@ class Drift:
 
 
 def drift_of(before: Routing, after: Routing) -> Drift:
-    """Compare two routings of the same tokens."""
+    """Compare two routings of the same tokens; without tokens agreement and KL are NaN."""
     experts = before.logits.shape[1]
 
     def load(ids: Tensor) -> list[float]:
@@ -73,20 +73,21 @@ def relevant_experts(
 ) -> Bool[Tensor, " E"]:
     """The fewest experts that carry `share` of a domain's routing (ESFT: arXiv:2407.01906, section 3.2).
 
-    by: "weight", the mean gate weight, or "tokens", the share of the assignments. Raises ValueError on another word and
-    on a share outside 0..1.
+    by: "weight", the mean gate weight, or "tokens", the share of the assignments. Among equals the lower number is
+        taken; without tokens none is. Raises ValueError on another word and on a share outside 0..1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in 0..1, got {share}")
     if by not in ("weight", "tokens"):
         raise ValueError(f"by must be 'weight' or 'tokens', got {by!r}")
     experts = routing.logits.shape[1]
-    each = routing.weights if by == "weight" else torch.ones_like(routing.weights)
+    weights = routing.weights.double()
+    each = weights if by == "weight" else torch.ones_like(weights)
     taken = routing.expert_ids < experts
     score = each.new_zeros(experts).index_put(
         (routing.expert_ids[taken],), each[taken], accumulate=True
     )
-    score = score.double() / score.sum()
+    score = score / score.sum()
     order = score.argsort(descending=True, stable=True)
     before = score[order].cumsum(0) - score[order]
     chosen = torch.zeros(experts, dtype=torch.bool, device=score.device)

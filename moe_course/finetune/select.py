@@ -46,6 +46,8 @@ def train_only(model: nn.Module, parts: Iterable[str]) -> nn.Module:
 def train_experts(experts: Experts, chosen: Bool[Tensor, " E"]) -> list[Any]:
     """Let gradients reach the chosen experts of a bank alone; returns handles whose `remove()` undoes it.
 
+    Frozen weights stay frozen.
+
     The weights are one stack, so the others get a gradient of exactly 0. An optimiser moves a weight without gradient
     all the same, by decay and by its memory: use `spare_idle_experts` with it.
     """
@@ -58,7 +60,7 @@ def train_experts(experts: Experts, chosen: Bool[Tensor, " E"]) -> list[Any]:
         keep = chosen.to(grad.device).view(-1, *[1] * (grad.ndim - 1))
         return torch.where(keep, grad, 0)
 
-    return [p.register_hook(masked) for p in experts.parameters()]
+    return [p.register_hook(masked) for p in experts.parameters() if p.requires_grad]
 
 
 def spare_idle_experts(
@@ -67,10 +69,12 @@ def spare_idle_experts(
     """Let every step leave experts alone whose gradient is all 0: weights and the optimiser's state stay as they were.
 
     AdamW shrinks a weight that has no gradient (weight decay), and moves it along old gradients (its first moment).
-    For an expert that no token chose both are wrong: it did not take part in the step. Returns handles whose `remove()`
-    undoes it.
+    For an expert that no token chose both are wrong: it did not take part in the step. Kept is what has the shape of
+    the weights; Adam's count of steps is the stack's, so an expert that is used late begins without bias correction.
+    Gradients must be there before the step: not for `step(closure)`. Returns handles whose `remove()` undoes it.
     """
-    stacks = [p for bank in banks for p in bank.parameters()]
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stacks = [p for bank in banks for p in bank.parameters() if id(p) in own]
     held: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
 
     def idle_rows(p: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ def spare_idle_experts(
     def after(*_: Any) -> None:
         for p, idle, kept in held:
             p[idle] = kept[""]
-            for k, v in optimizer.state[p].items():
+            for k, v in optimizer.state.get(p, {}).items():
                 if isinstance(v, Tensor) and v.shape == p.shape:
                     v[idle] = kept.get(k, torch.zeros_like(v[idle]))
         held.clear()

@@ -26,6 +26,10 @@ def upcycled_spec(
         raise ValueError(
             f"{dense.name} is not dense: upcycling begins with a dense model"
         )
+    if not 1 <= every <= dense.layers:
+        raise ValueError(
+            f"every must lie in 1..{dense.layers} (the layers), got {every}"
+        )
     if granularity < 1 or dense.ffn.hidden % granularity:
         raise ValueError(
             f"granularity must divide the FFN's {dense.ffn.hidden} hidden numbers, got {granularity}"
@@ -72,7 +76,7 @@ def upcycle(
     own = dense.state_dict()
     shared = {n: w for n, w in own.items() if n in sparse.state_dict()}
     sparse.load_state_dict(shared, strict=False)
-    sparse.to(next(dense.parameters()))
+    sparse.to(next(dense.parameters())).train(dense.training)
     ffns = [block.ffn for block in dense.blocks if isinstance(block, DecoderBlock)]
     for block, ffn in zip(sparse.blocks, ffns, strict=True):
         if isinstance(block, DecoderBlock) and isinstance(block.ffn, MoE):
