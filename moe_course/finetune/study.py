@@ -8,9 +8,7 @@ rates, from the same three checkpoints (seeds). A finished run is a file: the sa
 
 from __future__ import annotations
 
-import argparse
 import copy
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe_course import balance, records
+from moe_course import balance
 from moe_course.finetune.drift import relevant_experts, router_drift
 from moe_course.finetune.lora import apply_lora_to_moe, count_trainable_params
 from moe_course.finetune.select import (
@@ -263,13 +261,8 @@ def identity(run: Run, setup: Setup) -> dict[str, Any]:
 
 def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
     """Read a run's result or make it."""
-    path, own = path_of(run, folder), identity(run, setup)
-    found = runs.kept(path, own)
-    if found is None:
-        torch.set_num_threads(1)
-        found = own | tune(*run, setup, folder)
-        records.write_json(found, path)
-    return found
+    make = partial(tune, *run, setup, folder)
+    return runs.made(path_of(run, folder), identity(run, setup), make)
 
 
 def row(result: dict[str, Any]) -> dict[str, Any]:
@@ -303,39 +296,24 @@ def all_runs() -> list[Run]:
     return [(name, peak, seed) for seed in SEEDS for name in RECIPES for peak in RATES]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_course.finetune.study")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the runs")
-    parser.add_argument("--record", type=Path, default=RECORD)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+def study(folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """The checkpoints first, then all runs, `jobs` at a time; the record's rows."""
     setup = Setup()
-    try:
-        runs.side_by_side(
-            partial(_first, setup=setup, folder=options.out), SEEDS, options.jobs
-        )
-        one = partial(work, setup=setup, folder=options.out)
-        runs.side_by_side(one, all_runs(), options.jobs)
-        rows = [row(one(run)) for run in all_runs()]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; the same command goes on from {options.out}", file=sys.stderr
-        )
-        return 130
-    command = "python -m moe_course.finetune.study"
-    records.save(records.measure("fine-tuning", command, rows), options.record)
-    print(f"{options.record}: {len(rows)} runs")
-    return 0
+    runs.side_by_side(partial(_first, setup=setup, folder=folder), SEEDS, jobs)
+    one = partial(work, setup=setup, folder=folder)
+    runs.side_by_side(one, all_runs(), jobs)
+    return [row(one(run)) for run in all_runs()]
 
 
 def _first(seed: int, setup: Setup, folder: Path) -> None:
     torch.set_num_threads(1)
     pretrained(seed, setup, folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return runs.command_line(
+        "moe_course.finetune.study", "fine-tuning", FOLDER, RECORD, study, arguments
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ sparse models from scratch. A finished run is a file: the same command goes on w
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_course import records
 from moe_course.finetune.upcycle import upcycle, upcycled_spec
 from moe_course.layers import Transformer
 from moe_course.layers.routing import renormalised, softmax_top_k
@@ -206,13 +203,8 @@ def path_of(which: Which, folder: Path) -> Path:
 
 def work(which: Which, setup: Setup, folder: Path) -> dict[str, Any]:
     """Read a run's result or make it."""
-    path, own = path_of(which, folder), identity(which, setup)
-    found = runs.kept(path, own)
-    if found is None:
-        torch.set_num_threads(1)
-        found = own | run(*which, setup, folder)
-        records.write_json(found, path)
-    return found
+    make = partial(run, *which, setup, folder)
+    return runs.made(path_of(which, folder), identity(which, setup), make)
 
 
 def row(result: dict[str, Any]) -> dict[str, Any]:
@@ -236,34 +228,25 @@ def _first(seed: int, setup: Setup, folder: Path) -> None:
     first(seed, setup, folder)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_course.finetune.upcycle_study")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the runs")
-    parser.add_argument("--record", type=Path, default=RECORD)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+def study(folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """The dense models first, then all arms, `jobs` at a time; the record's rows."""
     setup = Setup()
     which = [(name, seed) for seed in SEEDS for name in ARMS]
-    one = partial(work, setup=setup, folder=options.out)
-    try:
-        dense = partial(_first, setup=setup, folder=options.out)
-        runs.side_by_side(dense, SEEDS, options.jobs)
-        runs.side_by_side(one, which, options.jobs)
-        rows = [row(one(each)) for each in which]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; the same command goes on from {options.out}", file=sys.stderr
-        )
-        return 130
-    command = "python -m moe_course.finetune.upcycle_study"
-    records.save(records.measure("upcycling", command, rows), options.record)
-    print(f"{options.record}: {len(rows)} runs")
-    return 0
+    runs.side_by_side(partial(_first, setup=setup, folder=folder), SEEDS, jobs)
+    one = partial(work, setup=setup, folder=folder)
+    runs.side_by_side(one, which, jobs)
+    return [row(one(each)) for each in which]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return runs.command_line(
+        "moe_course.finetune.upcycle_study",
+        "upcycling",
+        FOLDER,
+        RECORD,
+        study,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ A finished run is a JSON file: the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_course import balance, records
+from moe_course import balance
 from moe_course.layers import Routing, Transformer
 from moe_course.layers.routing import (
     hash_table,
@@ -33,7 +31,7 @@ from moe_course.layers.routing import (
 )
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
-from moe_course.training.runs import kept, side_by_side
+from moe_course.training.runs import command_line, made, side_by_side
 
 RECORD = Path("book/data/records/balancing.json")
 FOLDER = Path("_build/experiments/balancing")
@@ -243,53 +241,31 @@ def with_history(run: Run) -> bool:
     return run.seed == 0 and small and (run.cure, run.strength) in kept
 
 
-def finished(run: Run, setup: Setup, folder: Path) -> dict[str, Any] | None:
-    """The result of a run, if there is one. Raises ValueError when it is of another setup."""
-    identity = {"run": asdict(run), "setup": asdict(setup)}
-    return kept(folder / f"{run.name}.json", identity)
-
-
 def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
-    """Read a run's result or make it."""
-    result = finished(run, setup, folder)
-    if result is None:
-        torch.set_num_threads(1)
-        _, result = train(run, setup)
-        records.write_json(result, folder / f"{run.name}.json")
-    return result
+    """Read a run's result or make it. Raises ValueError when the one found is of another setup."""
+    identity = {"run": asdict(run), "setup": asdict(setup)}
+    return made(folder / f"{run.name}.json", identity, lambda: train(run, setup)[1])
 
 
 def study(
     which: Sequence[Run], setup: Setup, folder: Path, jobs: int
 ) -> list[dict[str, Any]]:
     """All runs, `jobs` at a time, with a line of progress; the record's rows."""
-    missing = [run for run in which if finished(run, setup, folder) is None]
-    side_by_side(partial(work, setup=setup, folder=folder), missing, jobs)
-    return [row(work(run, setup, folder), with_history(run)) for run in which]
+    one = partial(work, setup=setup, folder=folder)
+    side_by_side(one, which, jobs)
+    return [row(one(run), with_history(run)) for run in which]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_course.training.balancing")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the runs")
-    parser.add_argument("--record", type=Path, default=RECORD)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    try:
-        rows = study(runs(), Setup(), options.out, options.jobs)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; the same command goes on from {options.out}", file=sys.stderr
-        )
-        return 130
-    command = "python -m moe_course.training.balancing"
-    records.save(records.measure("balancing", command, rows), options.record)
-    print(f"{options.record}: {len(rows)} runs")
-    return 0
+    rows = partial(study, runs(), Setup())
+    return command_line(
+        "moe_course.training.balancing",
+        "balancing",
+        FOLDER,
+        RECORD,
+        rows,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ fewer bytes. A finished run is a JSON file: the same command goes on where it wa
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +18,9 @@ from typing import Any
 
 import torch
 
-from moe_course import records
 from moe_course.layers import Transformer
 from moe_course.training import balancing, data, loop
-from moe_course.training.runs import kept, side_by_side
+from moe_course.training.runs import command_line, made, side_by_side
 
 RECORD = Path("book/data/records/fewer_experts.json")
 FOLDER = Path("_build/experiments/fewer_experts")
@@ -94,36 +91,31 @@ def work(
 ) -> list[dict[str, Any]]:
     """Read the rows of a model (its K and seed), or make them."""
     k, seed = which
-    path = folder / f"k{k}-seed{seed}.json"
-    found = kept(path, {"setup": asdict(setup)})
-    if found is not None:
-        return list(found["rows"])
-    torch.set_num_threads(1)
-    rows = train_and_use(k, seed, setup)
-    records.write_json({"setup": asdict(setup), "rows": rows}, path)
-    return rows
+    result = made(
+        folder / f"k{k}-seed{seed}.json",
+        {"setup": asdict(setup)},
+        lambda: {"rows": train_and_use(k, seed, setup)},
+    )
+    return list(result["rows"])
+
+
+def study(folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """All models, `jobs` at a time; the record's rows."""
+    models = [(k, seed) for seed in SEEDS for k in TRAINED]
+    one = partial(work, setup=balancing.Setup(), folder=folder)
+    side_by_side(one, models, jobs)
+    return [row for model in models for row in one(model)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_course.training.fewer_experts")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the runs")
-    parser.add_argument("--record", type=Path, default=RECORD)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--steps", type=int, default=balancing.Setup().steps)
-    options = parser.parse_args(arguments)
-    if options.jobs < 1 or options.steps < 1:
-        parser.error("--jobs and --steps must be at least 1")
-    setup = balancing.Setup(steps=options.steps)
-    models = [(k, seed) for seed in SEEDS for k in TRAINED]
-    one = partial(work, setup=setup, folder=options.out)
-    side_by_side(one, models, options.jobs)
-    rows = [row for model in models for row in one(model)]
-    command = "python -m moe_course.training.fewer_experts"
-    if setup != balancing.Setup():
-        command += f" --steps {options.steps}"
-    records.save(records.measure("fewer_experts", command, rows), options.record)
-    print(f"{options.record}: {len(rows)} rows")
-    return 0
+    return command_line(
+        "moe_course.training.fewer_experts",
+        "fewer_experts",
+        FOLDER,
+        RECORD,
+        study,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ finished model is a JSON file: the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe_course import quant, records
+from moe_course import quant
 from moe_course.layers import (
     DecoderBlock,
     Experts,
@@ -37,7 +35,7 @@ from moe_course.layers.routing import renormalised, softmax_top_k
 from moe_course.quant import Stored
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
-from moe_course.training.runs import kept, side_by_side
+from moe_course.training.runs import command_line, made, side_by_side
 
 RECORD = Path("book/data/records/quantised.json")
 FOLDER = Path("_build/experiments/quantised")
@@ -512,54 +510,32 @@ def record_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield about | {key: rounded(value) for key, value in row.items()}
 
 
-def finished(run: Run, setup: Setup, folder: Path) -> dict[str, Any] | None:
-    """The result of a run, if there is one. Raises ValueError when it is of another setup."""
-    identity = {"run": asdict(run), "setup": asdict(setup)}
-    return kept(folder / f"{run.name}.json", identity)
-
-
 def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
-    """Read a run's result or make it."""
-    result = finished(run, setup, folder)
-    if result is None:
-        torch.set_num_threads(1)
-        checkpoint = folder / f"{run.name}.pt"
-        result = measure(run, setup, checkpoint=checkpoint)
-        records.write_json(result, folder / f"{run.name}.json")
-    return result
+    """Read a run's result or make it. Raises ValueError when the one found is of another setup."""
+    identity = {"run": asdict(run), "setup": asdict(setup)}
+    make = partial(measure, run, setup, checkpoint=folder / f"{run.name}.pt")
+    return made(folder / f"{run.name}.json", identity, make)
 
 
 def study(
     which: Sequence[Run], setup: Setup, folder: Path, jobs: int
 ) -> list[dict[str, Any]]:
     """All runs, `jobs` at a time, with a line of progress; the record's rows."""
-    missing = [run for run in which if finished(run, setup, folder) is None]
-    side_by_side(partial(work, setup=setup, folder=folder), missing, jobs)
-    return [row for run in which for row in record_rows(work(run, setup, folder))]
+    one = partial(work, setup=setup, folder=folder)
+    side_by_side(one, which, jobs)
+    return [row for run in which for row in record_rows(one(run))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_course.training.quantisation")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the runs")
-    parser.add_argument("--record", type=Path, default=RECORD)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    try:
-        rows = study(runs(), Setup(), options.out, options.jobs)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; the same command goes on from {options.out}", file=sys.stderr
-        )
-        return 130
-    command = "python -m moe_course.training.quantisation"
-    records.save(records.measure("quantised", command, rows), options.record)
-    print(f"{options.record}: {len(rows)} rows")
-    return 0
+    rows = partial(study, runs(), Setup())
+    return command_line(
+        "moe_course.training.quantisation",
+        "quantised",
+        FOLDER,
+        RECORD,
+        rows,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

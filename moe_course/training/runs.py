@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +13,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+from moe_course import records
 from moe_course.processes import end_with_parent
 
 Item = TypeVar("Item")
@@ -25,6 +30,18 @@ def kept(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if {key: result.get(key) for key in identity} != json.loads(json.dumps(identity)):
         raise ValueError(f"{path} is of another setup: choose another folder")
     return result
+
+
+def made(
+    path: Path, identity: dict[str, Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Read a run's result, or make it on one thread and keep it, with what identifies it."""
+    found = kept(path, identity)
+    if found is None:
+        torch.set_num_threads(1)
+        found = identity | make()
+        records.write_json(found, path)
+    return found
 
 
 def side_by_side(work: Callable[[Item], Any], items: Sequence[Item], jobs: int) -> None:
@@ -48,3 +65,38 @@ def side_by_side(work: Callable[[Item], Any], items: Sequence[Item], jobs: int) 
                 process.terminate()
             raise
     print(file=sys.stderr)
+
+
+def command_line(
+    module: str,
+    name: str,
+    folder: Path,
+    record: Path,
+    rows: Callable[[Path, int], list[dict[str, Any]]],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """`python -m module [--out FOLDER] [--record FILE] [--jobs N]`: make the rows and record them; an exit status.
+
+    rows: called with the folder of the runs and the number of processes.
+    """
+    command = f"python -m {module}"
+    parser = argparse.ArgumentParser(prog=command)
+    parser.add_argument("--out", type=Path, default=folder, help="folder of the runs")
+    parser.add_argument("--record", type=Path, default=record)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    try:
+        found = rows(options.out, options.jobs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; the same command goes on from {options.out}", file=sys.stderr
+        )
+        return 130
+    records.save(records.measure(name, command, found), options.record)
+    print(f"{options.record}: {len(found)} rows")
+    return 0
