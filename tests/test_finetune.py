@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -413,6 +414,63 @@ def test_drift_of_a_router_in_numbers():
     assert finetune.drift_of(dropped, before).load_before == pytest.approx([1 / 3] * 3)
     shifted = routing(before.logits + 5, 2)  # the same probabilities
     assert finetune.drift_of(before, shifted).kl == pytest.approx(0, abs=1e-12)
+
+
+def test_replayed_routes_are_used_with_the_weights_of_their_own_logits():
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        "tiny", 2, 16, 32, GQA(2, 2, 8), moe=RoutedExperts(4, 2, FFN(8, gated=True))
+    )
+    model, other = Transformer(spec).double(), Transformer(spec).double()
+    ids = torch.randint(32, (3, 7))
+    own, routes = model(ids)[1], other(ids)[1]
+    plain = model(ids)[0]
+    with finetune.replayed_routes(model, own):
+        assert torch.equal(model(ids)[1][0].expert_ids, own[0].expert_ids)
+        torch.testing.assert_close(model(ids)[0], plain)
+    with finetune.replayed_routes(model, routes):
+        logits, seen = model(ids)
+    for used, wanted in zip(seen, routes, strict=True):
+        assert torch.equal(used.expert_ids, wanted.expert_ids)
+        chosen = used.logits.gather(1, wanted.expert_ids).exp()
+        torch.testing.assert_close(used.weights, chosen / chosen.sum(1, keepdim=True))
+    assert not torch.allclose(logits, plain)
+    assert torch.equal(model(ids)[0], plain)  # and afterwards all is as it was
+    # What they compute: the experts that were replayed, one by one.
+    moe, x = model.blocks[0].ffn, torch.randn(21, 16, dtype=torch.float64)
+    first = routes[0]
+    with finetune.replayed_routes(moe, [first]):
+        y, routing, _ = moe(x)
+    for token in range(21):
+        want = sum(
+            w * F.linear(F.silu(gate) * up, moe.experts.w_down[e])
+            for e, w in zip(
+                first.expert_ids[token], routing.weights[token], strict=True
+            )
+            for gate, up in [F.linear(x[token], moe.experts.w_up[e]).chunk(2)]
+        )
+        torch.testing.assert_close(y[token], want)
+
+
+def test_replayed_routes_refuse_what_does_not_fit_and_leave_no_trace():
+    moe = layer()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    routing = moe(x)[1]
+    with (
+        pytest.raises(ValueError, match="has 1 sparse layers, got routings of 2"),
+        finetune.replayed_routes(moe, [routing] * 2),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="of 5 tokens and 4 experts, the layer has 4"),
+        finetune.replayed_routes(moe, [routing]),
+    ):
+        moe(x[:4])
+    moe(x[:4])
+    # No expert is chosen: nothing is computed for the token.
+    none = replace(routing, expert_ids=torch.full((5, 2), 4))
+    with finetune.replayed_routes(moe, [none]):
+        assert torch.equal(moe(x)[0], torch.zeros_like(x))
 
 
 def test_a_frozen_router_drifts_with_what_it_sees():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,18 @@ def changed(before, after):
     }
 
 
+def tuned(name, folder, monkeypatch):
+    """The model before and after a recipe, and the result of the run."""
+    models = []
+    keep = study.compare
+    monkeypatch.setattr(
+        study, "compare", lambda *pair: models.extend(pair[:2]) or keep(*pair)
+    )
+    result = study.tune(name, 1e-2, 0, TINY, folder)
+    monkeypatch.setattr(study, "compare", keep)
+    return *models, result
+
+
 WANTED = {
     "everything": {"router", "experts", "rest"},
     "everything, replay 20 %": {"router", "experts", "rest"},
@@ -63,15 +76,10 @@ WANTED = {
 
 @pytest.mark.parametrize("name", WANTED)
 def test_a_recipe_trains_what_it_says(name, folder, monkeypatch):
-    models = []
-    keep = study.bits
-    monkeypatch.setattr(study, "bits", lambda m, s: models.append(m) or keep(m, s))
-    result = study.tune(name, 1e-2, 0, TINY, folder)
-    before, after = models
+    before, after, result = tuned(name, folder, monkeypatch)
     assert changed(before, after) == WANTED[name]
-    assert set(result["bits_after"]) == {*study.OLD, study.NEW}
-    assert result["bits_before"] == study.bits(before, TINY)
-    first_layer = {a[0] for a in result["agreement"].values()}
+    assert set(result["domains"]) == {*study.OLD, study.NEW}
+    first_layer = {d["agreement"][0] for d in result["domains"].values()}
     if "rest" not in WANTED[name] and "router" not in WANTED[name]:
         assert first_layer == {1.0}, "nothing before the first router has changed"
     if "of the domain" in name:
@@ -87,18 +95,14 @@ def test_a_recipe_trains_what_it_says(name, folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["LoRA on experts", "LoRA on experts, router"])
 def test_lora_leaves_the_model_itself_alone(name, folder, monkeypatch):
-    models = []
-    keep = study.bits
-    monkeypatch.setattr(study, "bits", lambda m, s: models.append(m) or keep(m, s))
-    result = study.tune(name, 1e-2, 0, TINY, folder)
-    before, after = models
+    before, after, result = tuned(name, folder, monkeypatch)
     own = dict(after.named_parameters())
     for key, p in before.named_parameters():
         there = own[key.replace(".experts.w_", ".experts.experts.w_")]
         same = torch.equal(p, there)
         assert same == (not ("router" in name and "router" in key)), key
     assert result["trainable"] < sum(p.numel() for p in before.parameters())
-    assert result["bits_after"] != result["bits_before"]
+    assert all(d["bits_after"] != d["bits_before"] for d in result["domains"].values())
 
 
 def test_balance_and_rates_of_the_recipes():
@@ -111,14 +115,9 @@ def test_balance_and_rates_of_the_recipes():
 
 def test_a_router_at_a_hundredth_of_the_rate_moves_less(folder, monkeypatch):
     def moved(name):
-        models = []
-        keep = study.bits
-        monkeypatch.setattr(study, "bits", lambda m, s: models.append(m) or keep(m, s))
-        study.tune(name, 1e-2, 0, TINY, folder)
-        monkeypatch.setattr(study, "bits", keep)
         weights = [
             [m.router.weight for m in model.modules() if isinstance(m, MoE)]
-            for model in models
+            for model in tuned(name, folder, monkeypatch)[:2]
         ]
         return sum((b - a).norm().item() for a, b in zip(*weights, strict=True))
 
@@ -145,11 +144,46 @@ def test_rows_and_going_on(folder):
     result = study.work(run, TINY, folder)
     assert study.row(study.work(run, TINY, folder)) == study.row(result)
     row = study.row(result)
-    old = [result["bits_after"][d] for d in study.OLD]
+    domains = result["domains"]
+    old = [domains[d]["bits_after"] for d in study.OLD]
     assert row["old_bits_after"] == pytest.approx(sum(old) / 4, abs=1e-4)
-    assert row["new_bits_after"] == pytest.approx(result["bits_after"]["c"], abs=1e-4)
+    assert row["new_bits_after"] == pytest.approx(domains["c"]["bits_after"], abs=1e-4)
+    agreed = [a for d in study.OLD for a in domains[d]["agreement"]]
+    assert len(agreed) == 4 * TINY.layers
+    assert row["agreement_old"] == pytest.approx(sum(agreed) / 8, abs=1e-4)
+    assert row["max_violation_after"]["logs"] == [
+        round(v, 3) for v in domains["logs"]["violation_after"]
+    ]
     with pytest.raises(ValueError, match="another setup"):
         study.work(run, replace(TINY, steps=7), folder)
+
+
+def test_both_models_are_read_on_all_held_out_text(folder):
+    before = study.pretrained(0, TINY, folder)
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.blocks[0].ffn.router.weight.mul_(-1)
+    found = study.compare(before, after, TINY)
+    for domain, seen in found.items():
+        text = study.data.load([domain], "held_out")[: TINY.held_out + 1]
+        bits = [
+            study.loop.bits_per_byte(m, text, TINY.context, 10**6)
+            for m in (before, after)
+        ]
+        assert [seen["bits_before"], seen["bits_after"]] == pytest.approx(bits)
+        # Only routes differ, and only of the first layer: with the routes of before what is left is how they are mixed.
+        assert seen["bits_before_new_routes"] != seen["bits_before"]
+        assert seen["agreement"][0] < 0.5
+        ids = text[: TINY.held_out].view(-1, TINY.context).long()
+        chosen = before(ids)[1][0].expert_ids.flatten()
+        busiest = torch.bincount(chosen, minlength=TINY.experts).max() / len(chosen)
+        assert seen["violation_before"][0] == pytest.approx(4 * busiest.item() - 1)
+    same = study.compare(before, before, TINY)
+    for seen in same.values():
+        assert seen["agreement"] == [1, 1]
+        assert seen["violation_before"] == seen["violation_after"]
+        for key in ("after", "after_old_routes", "before_new_routes"):
+            assert seen[f"bits_{key}"] == pytest.approx(seen["bits_before"], rel=1e-6)
 
 
 # ---- Upcycling -----------------------------------------------------------------

@@ -5,6 +5,7 @@ from moe_course.finetune.drift import (
     Drift,
     drift_of,
     relevant_experts,
+    replayed_routes,
     router_drift,
     router_kl,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "merge",
     "parts_of",
     "relevant_experts",
+    "replayed_routes",
     "router_drift",
     "router_kl",
     "save_adapters",

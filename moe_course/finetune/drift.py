@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe_course.balance import router_saturation
-from moe_course.layers import Routing
+from moe_course.layers import MoE, Routing
 
 
 def router_kl(
@@ -66,6 +68,49 @@ def router_drift(
         routings.append(model(token_ids)[1])
         model.train(training)
     return [drift_of(b, a) for b, a in zip(*routings, strict=True)]
+
+
+@contextmanager
+def replayed_routes(model: nn.Module, routings: Sequence[Routing]) -> Iterator[None]:
+    """Within it every sparse layer uses the experts that `routings` chose for the same tokens, layer by layer.
+
+        w_e = exp(l_e) / sum over the replayed experts of exp(l)        l: the model's own logits
+
+    So a model that was tuned can be read with the choices from before, and R3 trains with the choices that the
+    inference engine made (arXiv:2510.11370, section 4). With the model's own choices nothing changes where its gate
+    is `renormalised` or `top_k_softmax`. Raises ValueError where layers, tokens or experts do not fit.
+    """
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    if len(layers) != len(routings):
+        raise ValueError(
+            f"the model has {len(layers)} sparse layers, got routings of {len(routings)}"
+        )
+
+    def hook(ids: Tensor, experts: int, made: Routing) -> Routing:
+        if len(ids) != len(made.logits) or experts != made.logits.shape[1]:
+            raise ValueError(
+                f"the routing is of {len(ids)} tokens and {experts} experts, "
+                f"the layer has {len(made.logits)} and {made.logits.shape[1]}: replay it on the same text"
+            )
+        # A choice of no expert has the id E; its weight is never used.
+        padded = F.pad(made.logits, (0, 1), value=torch.finfo(made.logits.dtype).min)
+        return replace(
+            made, expert_ids=ids, weights=padded.gather(1, ids).softmax(dim=1)
+        )
+
+    handles = [
+        layer.router.register_forward_hook(
+            lambda _m, _x, made, old=old: hook(
+                old.expert_ids, old.logits.shape[1], made
+            )
+        )
+        for layer, old in zip(layers, routings, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def relevant_experts(

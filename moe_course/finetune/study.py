@@ -9,19 +9,22 @@ rates, from the same three checkpoints (seeds). A finished run is a file: the sa
 from __future__ import annotations
 
 import copy
+import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from moe_course import balance
-from moe_course.finetune.drift import relevant_experts, router_drift
+from moe_course.finetune.drift import drift_of, relevant_experts, replayed_routes
 from moe_course.finetune.lora import apply_lora_to_moe, count_trainable_params
 from moe_course.finetune.select import (
     parts_of,
@@ -107,24 +110,51 @@ def text_of(domains: Sequence[str], setup: Setup, steps: int) -> Tensor:
     return data.load(domains, "train", steps * setup.batch_size * setup.context + 1)
 
 
-def held_out(domain: str, setup: Setup) -> Int[Tensor, "B S"]:
-    text = data.load([domain], "held_out")[: setup.held_out]
-    windows = len(text) // setup.context
-    return text[: windows * setup.context].view(windows, -1).long()
+def windows_of(domain: str, setup: Setup) -> Int[Tensor, "B S1"]:
+    """All held-out text of a domain, in windows of the context and the byte that follows."""
+    text = data.load([domain], "held_out")[: setup.held_out + 1]
+    return text.unfold(0, setup.context + 1, setup.context).long()
 
 
-def bits(model: Transformer, setup: Setup) -> dict[str, float]:
-    """Held-out loss of each domain in bits per byte."""
-    windows = setup.held_out // setup.context
-    return {
-        domain: loop.bits_per_byte(
-            model,
-            data.load([domain], "held_out")[: setup.held_out + 1],
-            setup.context,
-            windows,
-        )
-        for domain in (*OLD, NEW)
-    }
+@torch.no_grad()
+def read(
+    model: Transformer, windows: Int[Tensor, "B S1"]
+) -> tuple[float, list[Routing]]:
+    """The loss in bits per byte, and what each router decided on the way."""
+    logits, routings = model.eval()(windows[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    return loss.item() / math.log(2), routings
+
+
+def compare(
+    before: Transformer, after: Transformer, setup: Setup
+) -> dict[str, dict[str, Any]]:
+    """Both models on all held-out text: losses, also with each other's routes; drift and load by layer."""
+    found = {}
+    for domain in (*OLD, NEW):
+        windows = windows_of(domain, setup)
+        bits_before, old = read(before, windows)
+        bits_after, new = read(after, windows)
+        with replayed_routes(after, old):
+            bits_old_routes, _ = read(after, windows)
+        with replayed_routes(before, new):
+            bits_new_routes, _ = read(before, windows)
+        drifts = [drift_of(*pair) for pair in zip(old, new, strict=True)]
+        found[domain] = {
+            "bits_before": bits_before,
+            "bits_after": bits_after,
+            "bits_after_old_routes": bits_old_routes,
+            "bits_before_new_routes": bits_new_routes,
+            "agreement": [d.agreement for d in drifts],
+            "kl_nats": [d.kl for d in drifts],
+            "violation_before": [_violation(r) for r in old],
+            "violation_after": [_violation(r) for r in new],
+        }
+    return found
+
+
+def _violation(routing: Routing) -> float:
+    return balance.max_violation(balance.assignments(routing))
 
 
 def pretrained(seed: int, setup: Setup, folder: Path) -> Transformer:
@@ -192,7 +222,7 @@ def trained_numbers(
 def tune(
     name: str, peak: float, seed: int, setup: Setup, folder: Path
 ) -> dict[str, Any]:
-    """One recipe from one checkpoint: losses of all domains before and after, drift, load."""
+    """One recipe from one checkpoint: what was trained, and how the model reads every domain before and after."""
     recipe = RECIPES[name]
     before = pretrained(seed, setup, folder)
     model = copy.deepcopy(before)
@@ -224,20 +254,9 @@ def tune(
         prepare=tell,
     )
     late = torch.stack(counts[-20:]).sum(0)
-    drifts = {
-        domain: router_drift(before, model, held_out(domain, setup)[:64])
-        for domain in (*OLD, NEW)
-    }
     return {
-        "bits_before": bits(before, setup),
-        "bits_after": bits(model, setup),
         "trainable": trained_numbers(model, recipe, before, setup),
-        "agreement": {d: [round(x.agreement, 4) for x in v] for d, v in drifts.items()},
-        "kl_nats": {d: [round(x.kl, 5) for x in v] for d, v in drifts.items()},
-        "max_violation_before": [
-            round(max(x.load_before) * setup.experts - 1, 3) for x in drifts[NEW]
-        ],
-        "max_violation_after": [round(balance.max_violation(c), 3) for c in late],
+        "domains": compare(before, model, setup),
         "dead_experts": [balance.dead_experts(c) for c in late],
     }
 
@@ -266,29 +285,45 @@ def work(run: Run, setup: Setup, folder: Path) -> dict[str, Any]:
 
 
 def row(result: dict[str, Any]) -> dict[str, Any]:
-    """One run as a record holds it."""
-    before, after = result["bits_before"], result["bits_after"]
+    """One run as a record holds it: means over the old domains, loads of each."""
+    domains = result["domains"]
 
-    def mean(values: Iterable[float]) -> float:
-        values = list(values)
-        return round(sum(values) / len(values), 4)
+    def old(key: str) -> float:
+        """The mean over the old domains, and over layers where there is one number for each."""
+        return mean(_mean(domains[d][key]) for d in OLD)
 
+    new = domains[NEW]
+    values = {
+        "new_bits_before": new["bits_before"],
+        "new_bits_after": new["bits_after"],
+        "new_bits_after_old_routes": new["bits_after_old_routes"],
+        "old_bits_before": old("bits_before"),
+        "old_bits_after": old("bits_after"),
+        "old_bits_after_old_routes": old("bits_after_old_routes"),
+        "old_bits_before_new_routes": old("bits_before_new_routes"),
+        "agreement_old": old("agreement"),
+        "agreement_new": _mean(new["agreement"]),
+        "kl_old_nats": old("kl_nats"),
+    }
+    violations = {
+        f"max_violation_{moment}": {
+            d: [round(v, 3) for v in domains[d][f"violation_{moment}"]] for d in domains
+        }
+        for moment in ("before", "after")
+    }
     return {
         "recipe": result["name"],
         "peak_lr": result["peak_lr"],
         "seed": result["seed"],
         "trainable": result["trainable"],
-        "new_bits_before": round(before[NEW], 4),
-        "new_bits_after": round(after[NEW], 4),
-        "old_bits_before": mean(before[d] for d in OLD),
-        "old_bits_after": mean(after[d] for d in OLD),
-        "agreement_old": mean(a for d in OLD for a in result["agreement"][d]),
-        "agreement_new": mean(result["agreement"][NEW]),
-        "kl_old_nats": mean(k for d in OLD for k in result["kl_nats"][d]),
-        "max_violation_before": result["max_violation_before"],
-        "max_violation_after": result["max_violation_after"],
+        **{key: round(value, 4) for key, value in values.items()},
+        **violations,
         "dead_experts": result["dead_experts"],
     }
+
+
+def _mean(value: float | list[float]) -> float:
+    return mean(value) if isinstance(value, list) else value
 
 
 def all_runs() -> list[Run]:
