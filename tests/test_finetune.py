@@ -152,6 +152,47 @@ def test_merged_weights_are_rounded_once(dtype):
         assert (weight != exact).float().mean() < 0.01
 
 
+def test_adapters_over_16_bits_are_kept_in_float32():
+    """A step of a thousandth moves them, and what they add is rounded once, with the product."""
+    moe = finetune.apply_lora_to_moe(layer(dtype=torch.bfloat16), 4)
+    stir(moe)
+    adapters = [p for p in moe.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapters} == {torch.float32}
+    bank, up, down = moe.experts.experts, moe.experts.up, moe.experts.down
+    x = torch.randn(9, 8).bfloat16()
+    slots = slots_from_routing(moe.router(x), 4)
+    rows = x[slots.token]
+    with torch.no_grad():
+        product = torch.stack(
+            [bank.w_up[e] @ r for e, r in zip(slots.expert, rows, strict=True)]
+        )
+        added = up.delta()[slots.expert] @ rows.float()[:, :, None]
+        hidden = (product + added[:, :, 0]).bfloat16()
+        inner = bank.activate(hidden)
+        product = torch.stack(
+            [bank.w_down[e] @ r for e, r in zip(slots.expert, inner, strict=True)]
+        )
+        added = down.delta()[slots.expert] @ inner.float()[:, :, None]
+        out = (product + added[:, :, 0]).bfloat16()
+        want = torch.zeros(9, 8).index_add(
+            0, slots.token, out.float() * slots.weight[:, None].float()
+        )
+    y = moe.experts(x, slots)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), want, atol=2e-2, rtol=2e-2)
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in adapters)
+    before = up.b.detach().clone()
+    with torch.no_grad():
+        up.b.mul_(1 + 1e-3)
+    assert (up.b != before)[before != 0].all()
+    model = finetune.apply_lora_to_moe(
+        Transformer(small()).bfloat16(), 3, attention=True, shared=True
+    )
+    assert model(torch.arange(12).view(2, 6))[0].dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def small(moe=None, attention=None, ffn=None):
     return ModelSpec(
         "small",
@@ -239,6 +280,41 @@ def test_budgets_are_what_the_model_holds(name):
         assert trainable == finetune.lora_params(spec, 3, **options), options
 
 
+@pytest.mark.parametrize("parts", [("router",), ("experts",), ("shared", "rest"), ()])
+def test_the_budget_of_a_recipe_is_what_it_trains(parts):
+    spec = small()
+    model = finetune.train_only(Transformer(spec), parts)
+    total, trainable = finetune.count_trainable_params(model)
+    budget = finetune.recipe_budget(spec, parts)
+    assert (budget.trainable, budget.frozen) == (trainable, total - trainable)
+    assert budget.bytes == 16 * trainable + 2 * (total - trainable)
+    by_part = finetune.part_params(spec)
+    assert sum(by_part[part] for part in parts) == trainable
+    assert sum(by_part.values()) == total
+
+
+def test_budgets_of_chosen_experts():
+    spec = small()
+    names = finetune.parts_of(model := Transformer(spec))
+    every = sum(p.numel() for n, p in model.named_parameters() if names[n] == "experts")
+    e = spec.moe.experts
+    for chosen in range(e + 1):
+        budget = finetune.recipe_budget(spec, ("experts",), chosen)
+        assert budget.trainable * e == every * chosen
+        assert budget.trainable + budget.frozen == spec.total_params()
+    router = finetune.recipe_budget(spec, ("router",)).trainable
+    both = finetune.recipe_budget(spec, ("router", "experts"), 1).trainable
+    assert both == router + every // e
+    for parts, chosen in ((("experts",), e + 1), (("experts",), -1), (("router",), 1)):
+        with pytest.raises(ValueError, match="chosen needs experts among the parts"):
+            finetune.recipe_budget(spec, parts, chosen)
+    with pytest.raises(ValueError, match="parts must be among"):
+        finetune.recipe_budget(spec, ("expert",))
+    dense = ModelSpec("dense", 2, 16, 32, GQA(2, 2, 8), FFN(24))
+    assert finetune.part_params(dense)["rest"] == dense.total_params()
+    assert finetune.recipe_budget(dense, ("experts",)).trainable == 0
+
+
 def test_budgets_in_numbers():
     mixtral = zoo["mixtral-8x7b"]
     assert finetune.lora_params(mixtral, 16) == 226_492_416
@@ -323,7 +399,7 @@ def test_adapters_are_saved_and_read(tmp_path):
         layer(bias=True, dtype=torch.bfloat16), [1, 2, 0, 3], train_router=True
     )
     finetune.load_adapters(half, file)  # in another dtype, too
-    assert torch.equal(half.experts.up.b, one.experts.up.b.bfloat16())
+    assert torch.equal(half.experts.up.b, one.experts.up.b.float())
     without = finetune.apply_lora_to_moe(layer(bias=True), [1, 2, 0, 3])
     finetune.save_adapters(without, tmp_path / "without")
     with pytest.raises(ValueError, match=r"lacks router\.weight"):

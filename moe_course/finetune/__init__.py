@@ -1,6 +1,13 @@
 """Fine-tuning of sparse models: adapters on stacked experts, budgets, drift, what is trained, upcycling."""
 
-from moe_course.finetune.budget import Budget, full_budget, lora_budget, lora_params
+from moe_course.finetune.budget import (
+    Budget,
+    full_budget,
+    lora_budget,
+    lora_params,
+    part_params,
+    recipe_budget,
+)
 from moe_course.finetune.drift import (
     Drift,
     drift_of,
@@ -45,7 +52,9 @@ __all__ = [
     "lora_budget",
     "lora_params",
     "merge",
+    "part_params",
     "parts_of",
+    "recipe_budget",
     "relevant_experts",
     "replayed_routes",
     "router_drift",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moe_course.finetune.select import PARTS, checked_parts
 from moe_course.specs.model import FFN, MLA, ModelSpec
 
 
@@ -88,11 +90,45 @@ def _attention(spec: ModelSpec) -> list[tuple[int, int]]:
     ]
 
 
+def part_params(spec: ModelSpec) -> dict[str, int]:
+    """Parameters of each of `PARTS`; a router's bias counts with it, whether gradients or a rule set it."""
+    total = {name: count.total for name, count in spec.breakdown().items()}
+    found = {part: total.pop(part) for part in PARTS if part in total}
+    return {**found, "rest": sum(total.values())}
+
+
+def recipe_budget(
+    spec: ModelSpec, parts: Iterable[str] = PARTS, chosen: int | None = None
+) -> Budget:
+    """Some of `PARTS` are trained, all else is frozen in 16 bits.
+
+    chosen: so many routed experts of each sparse layer are trained, no others. The bytes are those of an optimiser that
+        holds state for these alone; with weights in one stack (`train_experts`) it holds state for all.
+
+    Raises ValueError on other parts, and on `chosen` outside 0..E or without "experts" among the parts.
+    """
+    wanted = checked_parts(parts)
+    params = part_params(spec)
+    if chosen is not None:
+        most = spec.moe.experts if spec.moe else 0
+        if "experts" not in wanted or not 0 <= chosen <= most:
+            raise ValueError(
+                f"chosen needs experts among the parts and must lie in 0..{most}, got {chosen} and {sorted(wanted)}"
+            )
+        params["experts"] = params["experts"] // max(1, most) * chosen
+    trainable = sum(params[part] for part in wanted)
+    return Budget(trainable, spec.total_params() - trainable)
+
+
 def full_budget(spec: ModelSpec) -> Budget:
     """Everything is trained: 16 bytes a parameter, idle experts included."""
-    return Budget(spec.total_params(), 0)
+    return recipe_budget(spec)
 
 
 def lora_budget(spec: ModelSpec, rank: int = 16, **where: bool) -> Budget:
-    """LoRA over a frozen model in 16 bits; `where` as in `lora_params`."""
+    """LoRA over a frozen model in 16 bits; `where` as in `lora_params`.
+
+    16 bytes a trained number, whether it is held in 16 bits with a float32 copy or, as `apply_lora_to_moe` does it, in
+    float32 with a gradient in float32: 2 + 2 + 4 + 8 or 4 + 4 + 8.
+    """
     return Budget(lora_params(spec, rank, **where), spec.total_params())

@@ -4,6 +4,9 @@
 
 for the up projections (gate and up) and the down projection of every expert, or of some. All A and all B are stacks,
 so many experts are one grouped product, and B A is never formed except to merge it into W.
+
+Adapters are kept in float32 at least, over weights in whatever they are stored in: a number in 16 bits does not move
+by less than about a 256th of itself, and small steps are lost. What they add is rounded once, with the product.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ from moe_course.layers.dispatch import combine, gather, product, slot_ends
 from moe_course.layers.experts import GATED
 
 Ranks = int | Sequence[int]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or what is wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class LowRank(nn.Module):
@@ -74,8 +82,8 @@ class LowRank(nn.Module):
     def forward(
         self, rows: Float[Tensor, "S inputs"], expert: Int[Tensor, " S"]
     ) -> Float[Tensor, "S outputs"]:
-        """The addition to each row's product with the matrix of its expert; `expert` ascends."""
-        place = self.place[expert]
+        """The addition to each row's product with the matrix of its expert, in the dtype of A; `expert` ascends."""
+        rows, place = rows.to(self.a.dtype), self.place[expert]
         mine = None
         if len(self.a) < len(self.place):
             mine = (place >= 0).nonzero().squeeze(1)
@@ -99,8 +107,8 @@ class LowRank(nn.Module):
 
     def delta(self) -> Float[Tensor, "E outputs inputs"]:
         """s_e · B_e A_e of every matrix, 0 where none is added; in float32 at least."""
-        wide = torch.promote_types(self.a.dtype, torch.float32)
-        a, b, scale = (t.to(wide) for t in (self.a, self.b, self.scale))
+        dtype = wide(self.a.dtype)
+        a, b, scale = (t.to(dtype) for t in (self.a, self.b, self.scale))
         pairs = zip(a.chunk(self.parts, 1), b.chunk(self.parts, 1), strict=True)
         whole = torch.cat([(b * scale[:, None]) @ a for a, b in pairs], 1)
         every = whole.new_zeros(len(self.place), *whole.shape[1:])
@@ -117,17 +125,17 @@ class LoRALinear(nn.Module):
         self.linear = linear.requires_grad_(False)
         self.lora = LowRank(
             1, linear.in_features, linear.out_features, rank, alpha, dropout, rs
-        ).to(linear.weight)
+        ).to(linear.weight.device, wide(linear.weight.dtype))
         self.merged = False
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
-        """W x + s · B A x, or the merged product."""
+        """W x + s · B A x, or the merged product, in the dtype of W x."""
         y = self.linear(x)
         if self.merged:
             return y
         rows = x.reshape(-1, x.shape[-1])
         first = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
-        return y + self.lora(rows, first).view_as(y)
+        return (y + self.lora(rows, first).view_as(y)).to(y.dtype)
 
 
 class LoRAExpertAdapter(nn.Module):
@@ -169,7 +177,7 @@ class LoRAExpertAdapter(nn.Module):
         self.up = LowRank(e, d, rows, rank, alpha, dropout, rs, parts)
         self.down = LowRank(e, f, d, rank, alpha, dropout, rs)
         for low_rank in (self.up, self.down):
-            low_rank.to(experts.w_up)
+            low_rank.to(experts.w_up.device, wide(experts.w_up.dtype))
 
     @property
     def num_experts(self) -> int:
@@ -192,11 +200,13 @@ class LoRAExpertAdapter(nn.Module):
             return bank(x, slots, dispatch)
         ends = slot_ends(slots, bank.num_experts)
         rows = gather(x, slots)
-        hidden = product(rows, bank.w_up, ends) + self.up(rows, slots.expert)
+        hidden = product(rows, bank.w_up, ends)
+        hidden = (hidden + self.up(rows, slots.expert)).to(rows.dtype)
         if bank.b_up is not None:
             hidden = hidden + F.embedding(slots.expert, bank.b_up)
         inner = bank.activate(hidden)
-        out = product(inner, bank.w_down, ends) + self.down(inner, slots.expert)
+        out = product(inner, bank.w_down, ends)
+        out = (out + self.down(inner, slots.expert)).to(rows.dtype)
         if bank.b_down is not None:
             out = out + F.embedding(slots.expert, bank.b_down)
         return combine(out, slots, x)

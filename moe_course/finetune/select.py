@@ -30,14 +30,19 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     return {name: kind[id(p)] for name, p in model.named_parameters()}
 
 
-def train_only(model: nn.Module, parts: Iterable[str]) -> nn.Module:
-    """Freeze all but these of `PARTS`, in place; returns the model. Raises ValueError on others."""
+def checked_parts(parts: Iterable[str]) -> set[str]:
+    """These of `PARTS`. Raises ValueError on others."""
     wanted = set(parts)
     if unknown := wanted - set(PARTS):
         raise ValueError(
             f"parts must be among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}"
         )
-    names = parts_of(model)
+    return wanted
+
+
+def train_only(model: nn.Module, parts: Iterable[str]) -> nn.Module:
+    """Freeze all but these of `PARTS`, in place; returns the model. Raises ValueError on others."""
+    wanted, names = checked_parts(parts), parts_of(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(names[name] in wanted)
     return model
