@@ -171,13 +171,17 @@ def test_both_models_are_read_on_all_held_out_text(folder):
             for m in (before, after)
         ]
         assert [seen["bits_before"], seen["bits_after"]] == pytest.approx(bits)
-        # Only routes differ, and only of the first layer: with the routes of before what is left is how they are mixed.
+        # Only the first router differs: each model's routes make the other one another model.
         assert seen["bits_before_new_routes"] != seen["bits_before"]
+        assert seen["bits_after_old_routes"] != seen["bits_after"]
         assert seen["agreement"][0] < 0.5
         ids = text[: TINY.held_out].view(-1, TINY.context).long()
-        chosen = before(ids)[1][0].expert_ids.flatten()
-        busiest = torch.bincount(chosen, minlength=TINY.experts).max() / len(chosen)
-        assert seen["violation_before"][0] == pytest.approx(4 * busiest.item() - 1)
+        for model, moment in ((before, "before"), (after, "after")):
+            chosen = model(ids)[1][0].expert_ids.flatten()
+            busiest = torch.bincount(chosen, minlength=TINY.experts).max() / len(chosen)
+            assert seen[f"violation_{moment}"][0] == pytest.approx(
+                4 * busiest.item() - 1
+            )
     same = study.compare(before, before, TINY)
     for seen in same.values():
         assert seen["agreement"] == [1, 1]
