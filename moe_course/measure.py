@@ -2,6 +2,8 @@
 
 Everything runs on one CPU thread in float32, and a time is CPU time of that thread: other work on the machine then
 costs what is shared, bandwidth, caches and clock rate. Contenders take turns, and medians count.
+
+Chapter: book/bandwidth/roofline.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Weight-only: numbers are stored small and multiplied in the wide type. Groups run along the last dimension, the one
 that a product sums over.
+
+Chapter: book/bandwidth/quantised.
 """
 
 from __future__ import annotations
@@ -215,7 +217,7 @@ class Stored(Protocol):
 
     def nbytes(self) -> int: ...
 
-    def dequantise(self) -> Tensor: ...
+    def dequantise(self) -> Float[Tensor, "*rows n"]: ...
 
 
 def part_of(model: nn.Module) -> dict[str, str]:

@@ -147,11 +147,13 @@ def note_includes(app, env):
     (Path(app.doctreedir) / "includes.json").write_text(json.dumps(inside))
 
 
+CHAPTER = re.compile(r"\bbook/(?!data/)[a-z]+/[a-z_]+\b(?!/|\.\w)")
 ARGUMENT = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 
 
 def mark_up_docstring(app, what, name, obj, options, lines):
-    """Docstrings are written to be read as text: here `name: what it is` becomes a field, a formula a literal block."""
+    """Docstrings are written to be read as text: here `name: what it is` becomes a field, a formula a literal block,
+    and the path of a page a link to it."""
     shown, last = [], "blank"
     for line in lines:
         argument = ARGUMENT.match(line)
@@ -164,6 +166,7 @@ def mark_up_docstring(app, what, name, obj, options, lines):
             shown.append("")
         if kind != "literal":
             line = re.sub(r"([*|])", r"\\\1", line)
+            line = CHAPTER.sub(r":doc:`/\g<0>`", line)
             argument = ARGUMENT.match(line)
         shown.append(f":{argument[1]}: {argument[2]}" if argument else line)
         last = kind

@@ -5,6 +5,8 @@ pooled counts: layers that have collapsed, each onto experts of its own, pool to
 
 `mask` leaves out padding (False). An expert id of E is a choice of no expert: it counts among the T·K assignments, and
 for no expert.
+
+Chapter: book/balancing/losses.
 """
 
 from __future__ import annotations

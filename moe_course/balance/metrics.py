@@ -1,4 +1,7 @@
-"""How even a load is, and what experts have come to do. Counts are assignments per expert."""
+"""How even a load is, and what experts have come to do. Counts are assignments per expert.
+
+Chapters: book/balancing/collapse, book/balancing/specialisation.
+"""
 
 from __future__ import annotations
 

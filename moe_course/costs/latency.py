@@ -3,6 +3,8 @@
 A bound, not a forecast: perfect overlap of arithmetic with memory, peak rates unless you pass measured ones, no launch
 overhead. It counts what the sources' `estimate_inference_latency` leaves out: only the experts that some token chose
 are read, the KV cache is read, attention computes, activations are written and read, several devices exchange tokens.
+
+Derived, and held against measurement, in book/bandwidth/roofline.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """What a model keeps in memory: weights, cache, and in training gradients, optimiser and activations. GB = 10^9
 bytes.
+
+Chapters: book/bandwidth/roofline, book/bandwidth/economics.
 """
 
 from __future__ import annotations

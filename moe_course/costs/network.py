@@ -1,4 +1,7 @@
-"""What expert parallelism sends, and how long that takes at least."""
+"""What expert parallelism sends, and how long that takes at least.
+
+Derived, and compared with bytes on the wire, in book/bandwidth/expert_parallel.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Which rank holds which expert: balanced loads without moving tokens about, copies of hot experts, and experts that
 are chosen together side by side.
+
+Chapter: book/bandwidth/expert_parallel.
 """
 
 from __future__ import annotations

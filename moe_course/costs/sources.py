@@ -3,6 +3,8 @@
 They are kept as they are printed there (indented, which the print is not), so that a reader can call them and get the
 figures of the texts. What each leaves out is said in its docstring; `costs.latency`, `costs.memory` and
 `costs.training` hold what takes their place.
+
+Chapter: book/bandwidth/roofline.
 """
 
 from __future__ import annotations

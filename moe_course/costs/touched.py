@@ -1,4 +1,7 @@
-"""How many experts a batch touches: what is read from memory, and what is not."""
+"""How many experts a batch touches: what is read from memory, and what is not.
+
+Derived, and compared with counts, in book/bandwidth/roofline.
+"""
 
 from __future__ import annotations
 

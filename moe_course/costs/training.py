@@ -1,4 +1,7 @@
-"""How fast a cluster trains, and what a token costs to serve."""
+"""How fast a cluster trains, and what a token costs to serve.
+
+Chapter: book/bandwidth/economics.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What fine-tuning trains and stores, for a model that need not be there."""
+"""What fine-tuning trains and stores, for a model that need not be there.
+
+Chapter: book/finetuning/lora.
+"""
 
 from __future__ import annotations
 

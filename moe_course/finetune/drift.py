@@ -1,4 +1,7 @@
-"""How far a router has moved: which choices are still the same, and how its probabilities changed."""
+"""How far a router has moved: which choices are still the same, and how its probabilities changed.
+
+Chapter: book/finetuning/drift.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What of a sparse model is trained: parts by name, experts by number, and optimisers that leave idle experts alone."""
+"""What of a sparse model is trained: parts by name, experts by number, and optimisers that leave idle experts alone.
+
+Chapters: book/finetuning/lora, book/finetuning/drift.
+"""
 
 from __future__ import annotations
 

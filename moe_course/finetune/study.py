@@ -4,6 +4,8 @@
 
 A small byte-level model is trained on four domains, then every recipe continues on a fifth one, at three learning
 rates, from the same three checkpoints (seeds). A finished run is a file: the same command goes on where it was stopped.
+
+Chapter: book/finetuning/drift.
 """
 
 from __future__ import annotations

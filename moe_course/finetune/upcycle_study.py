@@ -4,6 +4,8 @@
 
 A small dense byte-level model is trained; then the same FLOPs are spent on it as it is, on its upcycled forms, and on
 sparse models from scratch. A finished run is a file: the same command goes on where it was stopped.
+
+Chapter: book/finetuning/upcycling.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from moe_course.finetune.upcycle import upcycle, upcycled_spec
@@ -84,7 +87,7 @@ class Setup:
         )
 
 
-def halves(setup: Setup) -> tuple[Tensor, Tensor]:
+def halves(setup: Setup) -> tuple[UInt8[Tensor, " N"], UInt8[Tensor, " M"]]:
     """Text to train on first, and text for the extra steps: from each domain, and no byte in both."""
     size = setup.batch_size * setup.context
     first, extra = setup.first_steps * size, setup.extra_steps * size

@@ -124,6 +124,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Exercise:
+    """The questions of one notebook, and where a learner goes from there."""
+
     number: str
     topic: str  # the stem of its files is number_topic
     title: str

@@ -4,6 +4,8 @@
 
 Runs the very launches of `fused_moe`, forward and backward, on tensors without data, but stops each at the compiled
 binary: registers, stack, shared memory, and how many tensor-core, copy and spill instructions it holds.
+
+Chapter: book/kernels/fused_moe.
 """
 
 from __future__ import annotations

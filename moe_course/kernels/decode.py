@@ -3,6 +3,8 @@
 A slot is a matrix-vector product. Each program reads some rows of the weights of one slot's expert, once, from start to
 end; the second kernel adds up a token's experts on the fly. Two launches, and T·K·3·F·D weights read: more than are
 distinct only where two tokens share an expert.
+
+Chapter: book/kernels/fused_moe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The whole layer, from tokens, expert ids and gate weights to the output, as one differentiable operator."""
+"""The whole layer, from tokens, expert ids and gate weights to the output, as one differentiable operator.
+
+Chapter: book/kernels/fused_moe.
+"""
 
 from __future__ import annotations
 

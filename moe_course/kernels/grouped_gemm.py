@@ -7,6 +7,8 @@ it.
 
 Rows are gathered on load where the input stands in token order: row r is that of token order[r] // K. Offsets into rows
 and weights are 64-bit: E·2F·D passes 2^31 elements at the size of DeepSeek-V3, N·D at T = 32768, K = 16, D = 4096.
+
+Chapter: book/kernels/grouped_gemm.
 """
 
 from __future__ import annotations

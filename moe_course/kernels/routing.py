@@ -2,6 +2,8 @@
 
 A slot is one (token, choice) pair, numbered t·K + k. Nothing here reads a number back to the host, so that a CUDA graph
 can capture it; nothing is decided by an atomic operation, so that the same input gives the same bits.
+
+Chapter: book/kernels/grouped_gemm.
 """
 
 from __future__ import annotations

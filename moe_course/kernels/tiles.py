@@ -1,4 +1,7 @@
-"""How large a tile each kernel works on: a small table, by the rows that an expert has on average."""
+"""How large a tile each kernel works on: a small table, by the rows that an expert has on average.
+
+Chapter: book/kernels/fused_moe.
+"""
 
 from __future__ import annotations
 

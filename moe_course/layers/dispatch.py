@@ -7,6 +7,8 @@ All take the same arguments and give the same sum, in value and in gradient:
 The weight multiplies the expert's output. The sum is taken in the wider dtype of the two (float32 weights and bfloat16
 outputs: float32), in the order of the slots, and returned in that of x: the same bits on every run. `dense` and
 `einsum` multiply by zeros, so a token that is not finite spoils others; `loop`, `grouped` and `triton` keep it apart.
+
+Chapter: book/math/dispatch.
 """
 
 from __future__ import annotations

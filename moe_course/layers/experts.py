@@ -1,4 +1,7 @@
-"""The experts of a sparse layer: E equal FFNs whose weights are stacked, as grouped kernels read them."""
+"""The experts of a sparse layer: E equal FFNs whose weights are stacked, as grouped kernels read them.
+
+Chapter: book/concepts/anatomy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The feed-forward networks of a dense block, which are the experts of a sparse one."""
+"""The feed-forward networks of a dense block, which are the experts of a sparse one.
+
+Chapter: book/concepts/anatomy.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ What holds for every gate:
   logits, and the loss shows it; its ids are still distinct and valid, so no kernel
   reads out of bounds. There is no check, because the answer would have to travel from
   the GPU to Python in every layer of every step.
+
+Chapter: book/math/routing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A decoder-only transformer, dense, sparse or interleaved, with exactly the parameters that its `ModelSpec` counts."""
+"""A decoder-only transformer, dense, sparse or interleaved, with exactly the parameters that its `ModelSpec` counts.
+
+Chapter: book/concepts/anatomy; parameters against `transformers` in tests/test_transformer.py.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@
 
 compares one layer on all ranks with the same layer on one, output and gradients, then prints tokens/s and bytes. The
 page "A run on a cluster" tells how to start it on several machines.
+
+Chapter: book/bandwidth/cluster.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Several ranks: `run_ranks` starts them here, from a notebook or a test; where torchrun started them, on one machine
 or on many, each enters by `torchrun_ranks`.
+
+Chapter: book/bandwidth/cluster.
 """
 
 from __future__ import annotations

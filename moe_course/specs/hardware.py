@@ -1,5 +1,7 @@
 """Accelerators as their makers describe them: peak rates, bandwidth, capacity, links.
 Decimal units.
+
+Each entry names its maker's data sheet; figures are used in book/bandwidth/roofline.
 """
 
 from __future__ import annotations

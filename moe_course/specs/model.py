@@ -5,6 +5,8 @@ rounding. Counts agree to the last parameter with the model classes of `transfor
 built from the same configuration (tests/test_parity.py),
 where it has one. Modules for multi-token
 prediction and vision towers are outside a `ModelSpec`.
+
+Chapter: book/concepts/two_bets.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 `zoo[name]` is a ModelSpec. Where the model is published with a `config.json` of a family that
 `ModelSpec.from_hf_config` reads, the entry holds that configuration's own keys; the others are written as ModelSpecs
 directly. Shapes of text models: vision towers and multi-token-prediction modules are left out.
+
+Page: book/reference/zoo.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     python -m moe_course.training.balancing [--jobs N]       93 runs, about half an hour on two cores
 
 A finished run is a JSON file: the same command goes on where it was stopped.
+
+Chapters: book/balancing/collapse, book/balancing/losses.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@
 A token is a byte: V = 256, and no tokeniser stands between the text and the loss, which is in bits per byte.
 
 The shipped text lies in `corpus/`, with its licences and the script that builds it, `corpus.build`.
+
+Chapter: book/math/compute_equivalence.
 """
 
 from __future__ import annotations

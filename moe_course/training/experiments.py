@@ -5,6 +5,8 @@
 
 An experiment consists of arms, one training run each. A finished arm is a JSON file, an unfinished one has a
 checkpoint: the same command goes on where it was stopped.
+
+Chapter: book/math/compute_equivalence.
 """
 
 from __future__ import annotations

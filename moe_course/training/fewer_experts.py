@@ -4,6 +4,8 @@
 
 Models with eight experts, trained with one, two and four per byte, each evaluated with one to eight. Fewer experts send
 fewer bytes. A finished run is a JSON file: the same command goes on where it was stopped.
+
+Chapter: book/bandwidth/expert_parallel.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Everything runs in float32, on a CPU or a GPU: models this small gain nothing from bf16, and the records of different
 machines stay comparable.
+
+Chapter: book/math/compute_equivalence.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from moe_course.balance import assignments, load_balancing_loss
@@ -92,7 +94,7 @@ def flops_per_token(spec: ModelSpec, context: int) -> int:
     return 6 * weights + 6 * spec.layers * per_layer
 
 
-def mean_balancing_loss(routings: list[Routing]) -> Tensor:
+def mean_balancing_loss(routings: list[Routing]) -> Float[Tensor, ""]:
     """The load-balancing loss, mean over the sparse layers; 0 for a dense model."""
     losses = [load_balancing_loss(r, r.probs.shape[-1]) for r in routings]
     return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -4,6 +4,8 @@
 
 Small language models are trained, and their weights rounded to the nearest in every format and part of the model. A
 finished model is a JSON file: the same command goes on where it was stopped.
+
+Chapter: book/bandwidth/quantised.
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ class Cast:
     def nbytes(self) -> int:
         return self.values.nbytes
 
-    def dequantise(self) -> Tensor:
+    def dequantise(self) -> Float[Tensor, ...]:
+        """The numbers, in float32."""
         return self.values.float()
 
 
