@@ -6,6 +6,7 @@ The book is built by book/build.py, which does nothing when it is up to date.
 from __future__ import annotations
 
 import functools
+import gzip
 import http.server
 import re
 import shutil
@@ -311,6 +312,30 @@ def test_no_page_scrolls_sideways_on_a_phone(visits: dict[str, Visit]) -> None:
         if seen.phone_width > PHONE["width"]
     }
     assert not wide
+
+
+def test_pages_are_light(book: Path, soups: dict[str, Any]) -> None:
+    """What a browser fetches for a page, compressed, is below 1.5 MB; the playground brings a Python of its own."""
+    for name, soup in soups.items():
+        loaded = [
+            tag.get("src") or tag.get("href")
+            for tag in soup("script") + soup("img") + soup("link")
+        ]
+        files = {book / name} | {
+            book / unquote(urlsplit(urljoin(name, address)).path)
+            for address in loaded
+            if address
+            and not urlsplit(address).scheme
+            and not address.endswith(".html")
+        }
+        sent = sum(
+            min(file.stat().st_size, len(gzip.compress(file.read_bytes())))
+            for file in files
+            if file.is_file()
+        )
+        assert sent < 1.5e6 or "playground" in name, f"{name}: {sent / 1e6:.2f} MB"
+        scripts = [tag.get("src", "") for tag in soup("script")]
+        assert not any("fontawesome" in script for script in scripts), name
 
 
 def test_links_and_anchors_resolve(book: Path, soups: dict[str, Any]) -> None:

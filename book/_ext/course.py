@@ -4,6 +4,7 @@
   that would point there is off: Colab, Binder, edit, issue and repository buttons, canonical links and the sitemap.
 * A link in words to a numbered figure, `[the three regimes](#fig-three-regimes)`, gets its number: "the three regimes
   (Figure 3)". In the notebook itself such a link reads well without one, which `{numref}` does not.
+* The theme's icons come as fonts alone, not as a script of 1.5 MB besides.
 * Where there is no triton (macOS, Windows), the pages of Part 5 are built without running them.
 * A page that shows `<div id="course-progress"></div>` gets the list of the course's pages with their minutes, read
   from each page's `data-minutes`, for book/_static/course.js to draw the reader's progress.
@@ -131,6 +132,21 @@ def drop_relative_og_url(app, pagename, templatename, context, doctree):
         )
 
 
+ICON_SCRIPT = re.compile(r"<script[^>]*/fontawesome/[^>]*></script>\s*")
+
+
+def drop_icon_script(app, exception):
+    """The theme sends its icons twice: as fonts, and as 1.5 MB of script that draws the same ones. The fonts will do."""
+    if exception or app.builder.format != "html":
+        return
+    site = Path(app.outdir)
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(ICON_SCRIPT.sub("", text), encoding="utf-8")
+    for script in site.glob("_static/vendor/fontawesome/*/js/all.min.js*"):
+        script.unlink()
+
+
 def note_includes(app, env):
     """Tell book/build.py which files outside the pages themselves were read."""
     root = Path(app.srcdir).resolve()
@@ -182,6 +198,7 @@ def setup(app):
     app.connect("doctree-resolved", number_figure_links)
     app.connect("html-page-context", add_course_pages)
     app.connect("html-page-context", drop_relative_og_url, priority=900)
+    app.connect("build-finished", drop_icon_script)
     return {
         "version": "1",
         "parallel_read_safe": True,
