@@ -91,27 +91,23 @@ def counted(some: list[dict[str, str]], claims: list[dict[str, str]]) -> str:
 
 
 def choices(claims: list[dict[str, str]], n: int) -> list[dict[str, str]]:
-    """Random combinations of filters and words; some leave nothing."""
+    """Random combinations of filters and words; half of them are true of some claim."""
     draw = random.Random(7)
-    words = sorted(
-        {word for c in claims for column in SEARCHED for word in c[column].split()}
-    )
-    columns = {
-        name: sorted({c[name] for c in claims}) for name in ("verdict", "part", "text")
-    }
     found = []
-    for _ in range(n):
+    for i in range(n):
+        one, other = draw.sample(claims, 2)
+        if i % 2:
+            other = one
         chosen = {
-            name: draw.choice(values)
-            for name, values in columns.items()
+            name: draw.choice((one, other))[name]
+            for name in ("verdict", "part", "text")
             if draw.random() < 0.4
         }
         if draw.random() < 0.7:
-            some = draw.choices(words, k=draw.choice((1, 1, 2)))
-            cut = [word[draw.randrange(len(word)) :] for word in some]
-            chosen["q"] = " ".join(
-                draw.choice((str.upper, str.lower, str))(w) for w in cut
-            )
+            words = " ".join(other[column] for column in SEARCHED).split()
+            cut = [w[draw.randrange(len(w)) :] for w in draw.choices(words, k=2)]
+            change = draw.choice((str.upper, str.lower, str))
+            chosen["q"] = "  ".join(change(word) for word in cut[: draw.choice((1, 2))])
         found.append(chosen)
     return found
 
@@ -217,7 +213,7 @@ def test_filters_leave_the_rows_that_python_leaves(
         assert query == {k: v for k, v in chosen.items() if v}
         sizes.append(len(left))
     assert 0 in sizes
-    assert sum(0 < size < len(claims) for size in sizes) > 20
+    assert sum(0 < size < len(claims) for size in sizes) >= 20
 
 
 def test_an_address_keeps_its_filters(
@@ -297,7 +293,7 @@ def test_every_row_leads_to_its_place(
         path, _, anchor = row.find("a")["href"].partition("#")
         target = f"book/{path.removeprefix('../')}"
         assert (target, anchor) == (f"book/{claim['page']}.html", claim["anchor"])
-        assert anchor in anchors[target], claim["id"]
+        assert anchor in anchors.get(target, set()), claim["id"]
         badge = f"verdict-{claim['verdict'].replace(' ', '-')}"
         assert badge in row.find(class_="verdict")["class"], claim["id"]
 
