@@ -39,7 +39,7 @@ OWN = re.compile(
 )
 # and what others have published; each may be followed by a place in it:
 PUBLISHED = re.compile(
-    r"(arXiv:\d{4}\.\d{5}"  # a paper
+    r"(arXiv:\d{4}\.\d{5}( and \d{4}\.\d{5})?"  # a paper, or two
     r"|[\w-]+\.(com|ai|co|org)/[\w./-]+"  # a page
     r"|[\w.-]+/[\w.-]+ [\w./-]+\.\w+"  # a file of a repository: owner/name path
     r"|(DeepEP|PEFT|transformers)( \d[\d.]+)?, [\w./]+|PEFT \d[\d.]+"  # of a project of one name
