@@ -1,4 +1,4 @@
-/* The reader's progress (kept in this browser), glossary definitions on hover, and printing.
+/* The reader's progress (kept in this browser), glossary definitions on hover, the claims ledger's filters, and printing.
    Plain JavaScript without dependencies; every part is an extra, the pages read the same without it. */
 (() => {
   "use strict";
@@ -201,6 +201,50 @@
     tip = tipOwner = null;
   }
 
+  /* ---- The claims ledger: filters and search, kept in the address; without JavaScript every row shows ---- */
+
+  function filterLedger() {
+    const form = document.querySelector(".ledger-form");
+    if (!form) return;
+    const filters = [...form.querySelectorAll("select")];
+    const rows = [...document.querySelectorAll(".ledger > li")];
+    const texts = rows.map((row) => Array.from(row.querySelectorAll("[data-field]"), (field) => field.textContent).join(" ").toLowerCase());
+    const verdicts = Array.from(form.elements.verdict.options, (option) => option.value).filter(Boolean);
+
+    function show() {
+      const words = form.elements.q.value.toLowerCase().split(/\s+/).filter(Boolean);
+      rows.forEach((row, i) => {
+        const chosen = filters.every(({ name, value }) => !value || row.dataset[name] === value);
+        row.hidden = !chosen || !words.every((word) => texts[i].includes(word));
+      });
+      const shown = rows.filter((row) => !row.hidden);
+      const tally = verdicts.map((verdict) => `${verdict} ${shown.filter((row) => row.dataset.verdict === verdict).length}`);
+      document.getElementById("ledger-count").textContent = `${shown.length} of ${rows.length} claims: ${tally.join(", ")}`;
+    }
+
+    function remember() {
+      const query = new URLSearchParams([...new FormData(form)].filter(([, value]) => value));
+      history.replaceState(null, "", `${location.pathname}${query.size ? `?${query}` : ""}${location.hash}`);
+    }
+
+    function recall() {
+      const query = new URLSearchParams(location.search);
+      form.elements.q.value = query.get("q") ?? "";
+      for (const filter of filters) {
+        filter.value = query.get(filter.name) ?? "";
+        if (filter.selectedIndex < 0) filter.value = ""; // an address that names no such choice
+      }
+      show();
+    }
+
+    form.addEventListener("input", () => (show(), remember()));
+    form.addEventListener("reset", () => setTimeout(() => (show(), remember()))); // once the fields are empty
+    form.addEventListener("submit", (event) => event.preventDefault());
+    addEventListener("popstate", recall);
+    form.hidden = false;
+    recall();
+  }
+
   /* ---- A figure opens in full size: on a phone its labels are too small to read in the page ---- */
 
   function linkFigures() {
@@ -241,6 +285,7 @@
   showProgress();
   offerDefinitions();
   linkFigures();
+  filterLedger();
   addEventListener("load", reachScrollers);
   addEventListener("resize", reachScrollers);
   addEventListener("storage", (event) => event.key === KEY && showProgress());
