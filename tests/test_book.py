@@ -528,6 +528,30 @@ def test_progress_is_kept_and_can_be_cleared(
     page.get_by_role("button", name="Mark this page as done").wait_for()
 
 
+def test_the_map_shows_every_page_of_every_part_and_ticks_what_is_done(
+    page: Any, site: str, soups: dict[str, Any]
+) -> None:
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"][1:-1]
+    shown = soups[f"{PAGES[0]}.html"].select(".course-map section")
+    assert [card.h3.text for card in shown] == [part["caption"] for part in parts]
+    for card, part in zip(shown, parts, strict=True):
+        assert len(card.p.text) > 20
+        pages = [chapter["file"] for chapter in part["chapters"]]
+        links = [urljoin(f"{PAGES[0]}.html", a["href"]) for a in card.select("li a")]
+        assert links == [f"{name}.html" for name in pages]
+        for name, item in zip(pages, card.select("li"), strict=True):
+            minutes = soups[f"{name}.html"].select_one("article [data-minutes]")
+            stated = f"{minutes['data-minutes']} min" if minutes else ""
+            assert item.text.endswith(stated or item.a.text)
+    page.goto(f"{site}{pages[-1]}.html")
+    page.get_by_role("button", name="Mark this page as done").click()
+    page.goto(f"{site}{PAGES[0]}.html")
+    ticked = page.locator(".course-map a", has=page.locator(".done-mark"))
+    ticked.wait_for()
+    assert ticked.count() == 1
+    assert pages[-1] in str(ticked.get_attribute("href"))
+
+
 def test_pages_with_minutes_can_be_marked_as_done_and_no_others(
     visits: dict[str, Visit], soups: dict[str, Any]
 ) -> None:

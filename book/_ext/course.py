@@ -6,6 +6,8 @@
   (Figure 3)". In the notebook itself such a link reads well without one, which `{numref}` does not.
 * The theme's icons come as fonts alone, not as a script of 1.5 MB besides.
 * Where there is no triton (macOS, Windows), the pages of Part 5 are built without running them.
+* A page that shows `<div class="course-map">` with a `<p data-part="1. Concepts">question</p>` for each part of the
+  table of contents gets each part's pages under its question, with their minutes.
 * A page that shows `<div id="course-progress"></div>` gets the list of the course's pages with their minutes, read
   from each page's `data-minutes`, for book/_static/course.js to draw the reader's progress.
 """
@@ -16,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from bs4 import BeautifulSoup
 from docutils import nodes
 
 MINUTES = re.compile(r'data-minutes="(\d+)"')
@@ -118,6 +121,37 @@ def add_course_pages(app, pagename, templatename, context, doctree):
     )
 
 
+def draw_map(app, pagename, templatename, context, doctree):
+    """Under the question of each part, its pages with their minutes; book/_static/course.js ticks what is done."""
+    if 'class="course-map"' not in context.get("body", ""):
+        return
+    page = BeautifulSoup(context["body"], "html.parser")
+    parts = {
+        tree.caption: tree.items
+        for tree in app.config.external_site_map.root.subtrees
+    }
+    for question in page.select(".course-map [data-part]"):
+        caption = question["data-part"]
+        card = page.new_tag("section")
+        question.wrap(card)
+        title = page.new_tag("h3")
+        title.string = caption
+        question.insert_before(title)
+        links = page.new_tag("ol")
+        for name in parts[caption]:
+            address = context["pathto"](str(name))
+            item, link = page.new_tag("li"), page.new_tag("a", href=address)
+            link.string = app.env.titles[str(name)].astext()
+            item.append(link)
+            if minutes := app.env.metadata[str(name)].get("course_minutes"):
+                note = page.new_tag("span")
+                note.string = f"{minutes} min"
+                item.append(note)
+            links.append(item)
+        card.append(links)
+    context["body"] = str(page)
+
+
 def reading_order(env, name):
     yield name
     for child in env.toctree_includes.get(name, []):
@@ -197,6 +231,7 @@ def setup(app):
     app.connect("env-updated", note_includes)
     app.connect("doctree-resolved", number_figure_links)
     app.connect("html-page-context", add_course_pages)
+    app.connect("html-page-context", draw_map)
     app.connect("html-page-context", drop_relative_og_url, priority=900)
     app.connect("build-finished", drop_icon_script)
     return {

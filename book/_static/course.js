@@ -53,7 +53,7 @@
   }
 
   function markSidebar(done) {
-    for (const link of document.querySelectorAll(".bd-sidebar-primary nav.bd-links a.reference.internal")) {
+    for (const link of document.querySelectorAll(".bd-sidebar-primary nav.bd-links a.reference.internal, .course-map a")) {
       const mark = link.querySelector(".done-mark");
       const isDone = Boolean(done[pageOf(link.href)]);
       if (isDone && !mark) {
