@@ -23,7 +23,7 @@ from urllib.parse import unquote, urljoin
 
 from moe_course import records
 
-RECORD = Path("book/data/records/course_cpu.json")
+RECORD = Path("moe_course/data/records/course_cpu.json")
 GOALS = {"make book, cold": 600.0, "make book, warm": 15.0, "make test": 900.0}
 PAGE_GOAL = 1.5e6  # bytes sent, compressed; the playground brings a Python of its own
 LOADED = re.compile(r'<(?:script|link|img)\b[^>]*?\b(?:src|href)="([^"#?]+)')

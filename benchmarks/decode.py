@@ -18,7 +18,7 @@ from moe_course.specs import accelerators
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-RECORD = Path("book/data/records/decode_cpu.json")
+RECORD = Path("moe_course/data/records/decode_cpu.json")
 
 
 def rows(rounds: int) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ SHAPES = [(512, 512, 1024, 8, 2), (2048, 256, 128, 64, 8)]
 DTYPES = [torch.float32, torch.bfloat16]
 PASSES = ["forward", "forward+backward"]
 OURS, PEERS = ["loop", "grouped"], ["transformers eager", "transformers grouped_mm"]
-RECORD = Path("book/data/records/dispatch_cpu.json")
+RECORD = Path("moe_course/data/records/dispatch_cpu.json")
 
 
 def peer_block(shape: tuple[int, ...], implementation: str) -> nn.Module:

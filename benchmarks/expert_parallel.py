@@ -33,7 +33,7 @@ SHAPES = {
     "narrow": Sizes(tokens=1024, width=256, hidden=128, experts=32, k=8),
 }
 SENT = tuple(1024 * 4**power for power in range(8))  # 1 KiB to 16 MiB
-FOLDER = Path("book/data/records")
+FOLDER = Path("moe_course/data/records")
 
 
 def measured(sizes: list[Sizes], rounds: int, place: Place | None = None) -> Any:

@@ -34,7 +34,7 @@ if "--dry-run" in sys.argv:  # before anything imports the kernels
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
-RECORDS = Path("book/data/records")
+RECORDS = Path("moe_course/data/records")
 PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "scattermoe")
 
 

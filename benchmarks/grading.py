@@ -33,7 +33,7 @@ from moe_course.grading.sample import write_class
 from moe_course.grading.sandbox import descendants, memory_of
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "book/data/records/grading_cpu.json"
+RECORD = ROOT / "moe_course/data/records/grading_cpu.json"
 EXERCISES = ["01", "02"]
 SEED = "a seed"
 PARTS = 2

@@ -19,7 +19,7 @@ from moe_course import records
 from moe_course.kernels import INTERPRETED
 from moe_course.kernels import compile as compiled
 
-RECORD = Path("book/data/records/kernels_variants.json")
+RECORD = Path("moe_course/data/records/kernels_variants.json")
 CAPABILITY = (9, 0)
 
 

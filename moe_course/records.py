@@ -17,6 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+DATA = Path(__file__).with_name("data")  # comes with the package
+FOLDER = DATA / "records"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -112,8 +115,14 @@ def write_json(content: Any, path: Path) -> None:
     partial.replace(path)
 
 
-def load(path: Path) -> Record:
-    """Read a record. Raises ValueError that names what is missing from the file."""
+def path_of(record: str | Path) -> Path:
+    """The file of a record: of one that comes with the package by its name, of others by their path."""
+    return FOLDER / f"{record}.json" if isinstance(record, str) else record
+
+
+def load(record: str | Path) -> Record:
+    """Read a record, by name or from a file. Raises ValueError that names what is missing from the file."""
+    path = path_of(record)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -127,6 +136,6 @@ def load(path: Path) -> Record:
     return Record(**raw)
 
 
-def load_if_measured(path: Path) -> Record | None:
+def load_if_measured(record: str | Path) -> Record | None:
     """The record, or None where nobody has measured it yet, so that a page can say so."""
-    return load(path) if path.exists() else None
+    return load(record) if path_of(record).exists() else None

@@ -107,7 +107,7 @@ def test_the_study_covers_what_the_chapters_say():
 
 
 def test_the_record_is_of_this_study(root):
-    record = records.load(root / "book/data/records/balancing.json")
+    record = records.load(root / "moe_course/data/records/balancing.json")
     wanted = [json.loads(json.dumps(vars(run))) for run in balancing.runs()]
     fields = list(wanted[0])
     assert [{key: row[key] for key in fields} for row in record.rows] == wanted

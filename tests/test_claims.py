@@ -30,7 +30,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def claims(root):
-    with (root / "book" / "data" / "claims.csv").open(
+    with (root / "moe_course" / "data" / "claims.csv").open(
         encoding="utf-8", newline=""
     ) as file:
         return list(csv.DictReader(file))

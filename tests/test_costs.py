@@ -32,7 +32,7 @@ TWO_TB = {"bandwidth": 2e12, "flops": 312e12}  # what the sources reckon with
 @pytest.fixture(scope="module")
 def source_figures(root):
     """What the sources' own samples computed and printed, run once with their indentation restored."""
-    return json.loads((root / "book/data/source_figures.json").read_text())
+    return json.loads((root / "moe_course/data/source_figures.json").read_text())
 
 
 def test_the_efficiency_analysis_gives_the_sources_figures(source_figures, capsys):

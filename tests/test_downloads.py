@@ -56,7 +56,7 @@ def installed(tmp_path_factory):
     return site
 
 
-QUICK = ["book/intro", "book/finetuning/drift", "book/reference/claims"]
+QUICK = ["book/intro", "book/finetuning/lora", "book/reference/claims"]
 
 
 @pytest.mark.parametrize(

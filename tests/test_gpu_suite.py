@@ -56,7 +56,7 @@ def test_a_dry_run_proves_times_and_records(root, tmp_path):
 
 
 def test_a_dry_run_stays_out_of_the_book(root):
-    done = run(root, "--dry-run", "--records", "book/data/records")
+    done = run(root, "--dry-run", "--records", "moe_course/data/records")
     assert done.returncode == 2
     assert "does not write among the book's records" in done.stderr
 

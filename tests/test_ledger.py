@@ -64,7 +64,7 @@ def unsupported(claim: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def claims(root: Path) -> list[dict[str, str]]:
-    path = root / "book" / "data" / "claims.csv"
+    path = root / "moe_course" / "data" / "claims.csv"
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 

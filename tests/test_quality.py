@@ -28,7 +28,9 @@ SOURCE = re.compile(
 
 
 def read(root: Path, name: str) -> list[dict[str, str]]:
-    with (root / "book" / "data" / name).open(encoding="utf-8", newline="") as file:
+    with (root / "moe_course" / "data" / name).open(
+        encoding="utf-8", newline=""
+    ) as file:
         return list(csv.DictReader(file))
 
 

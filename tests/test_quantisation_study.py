@@ -224,7 +224,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_the_record_is_of_this_study(root):
-    record = records.load(root / "book/data/records/quantised.json")
+    record = records.load(root / "moe_course/data/records/quantised.json")
     exact = [row for row in record.rows if row["kind"] == "exact"]
     fields = ("experts", "k", "widening", "seed")
     assert [Run(**{f: row[f] for f in fields}) for row in exact] == quantisation.runs()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from moe_course import balance
+from moe_course import balance, records
 from moe_course.finetune.drift import drift_of, relevant_experts, replayed_routes
 from moe_course.finetune.lora import apply_lora_to_moe, count_trainable_params
 from moe_course.finetune.select import (
@@ -39,7 +39,7 @@ from moe_course.layers.routing import renormalised
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop, runs
 
-RECORD = Path("book/data/records/finetuning.json")
+RECORD = records.FOLDER / "finetuning.json"
 FOLDER = Path("_build/experiments/finetuning")
 
 OLD = ("prose", "python", "manual", "logs")

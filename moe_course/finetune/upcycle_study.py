@@ -21,13 +21,14 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from moe_course import records
 from moe_course.finetune.upcycle import upcycle, upcycled_spec
 from moe_course.layers import Transformer
 from moe_course.layers.routing import renormalised, softmax_top_k
 from moe_course.specs import FFN, GQA, ModelSpec
 from moe_course.training import data, loop, runs
 
-RECORD = Path("book/data/records/upcycling.json")
+RECORD = records.FOLDER / "upcycling.json"
 FOLDER = Path("_build/experiments/upcycling")
 SEEDS = (0, 1, 2)
 

@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -32,7 +31,7 @@ from moe_course.layers.routing import (
     softmax_top_k,
 )
 
-RECORD = Path("book/data/records/parity.json")
+RECORD = records.FOLDER / "parity.json"
 
 Config = dict[str, Any]
 MARGIN = 1e-5  # a token whose k-th and next score are closer is a tie: either is right

@@ -33,7 +33,7 @@ from moe_course.kernels.fused_moe import ACTIVATIONS, backward, forward
 from moe_course.kernels.grouped_gemm import GATED
 from moe_course.kernels.routing import gate
 
-RECORD = Path("book/data/records/kernels_compiled.json")
+RECORD = records.FOLDER / "kernels_compiled.json"
 
 
 @dataclass(frozen=True)

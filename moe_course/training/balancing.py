@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_course import balance
+from moe_course import balance, records
 from moe_course.layers import Routing, Transformer
 from moe_course.layers.routing import (
     hash_table,
@@ -35,7 +35,7 @@ from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
 from moe_course.training.runs import command_line, made, side_by_side
 
-RECORD = Path("book/data/records/balancing.json")
+RECORD = records.FOLDER / "balancing.json"
 FOLDER = Path("_build/experiments/balancing")
 
 # What each cure adds to the loss, for its strength to multiply; the others act elsewhere.

@@ -35,7 +35,7 @@ from moe_course.processes import end_with_parent
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
 
-RECORD = Path("book/data/records/compute_equivalence.json")
+RECORD = records.FOLDER / "compute_equivalence.json"
 FOLDER = Path("_build/experiments")
 
 # What an arm is trained on: equally many unique bytes, of one domain or of all.

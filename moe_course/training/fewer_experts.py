@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
+from moe_course import records
 from moe_course.layers import Transformer
 from moe_course.training import balancing, data, loop
 from moe_course.training.runs import command_line, made, side_by_side
 
-RECORD = Path("book/data/records/fewer_experts.json")
+RECORD = records.FOLDER / "fewer_experts.json"
 FOLDER = Path("_build/experiments/fewer_experts")
 TRAINED, SEEDS = (1, 2, 4), (0, 1, 2)
 USED = (1, 2, 3, 4, 8)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe_course import quant
+from moe_course import quant, records
 from moe_course.layers import (
     DecoderBlock,
     Experts,
@@ -39,7 +39,7 @@ from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts
 from moe_course.training import data, loop
 from moe_course.training.runs import command_line, made, side_by_side
 
-RECORD = Path("book/data/records/quantised.json")
+RECORD = records.FOLDER / "quantised.json"
 FOLDER = Path("_build/experiments/quantised")
 
 

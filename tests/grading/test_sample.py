@@ -93,7 +93,7 @@ def test_the_instructors_page_quotes_the_benchmark(root):
         r"(\d+) submissions of exercise 01 and (\d+) of 02 a minute,\s+([\d.]+) and ([\d.]+) times as many as",
         page,
     ).groups()
-    rows = records.load(root / "book/data/records/grading_cpu.json").rows
+    rows = records.load(root / "moe_course/data/records/grading_cpu.json").rows
     assert [r["exercise"] for r in rows] == ["01", "02"]
     assert list(told[:2]) == [f"{r['ours_per_minute']:.0f}" for r in rows]
     assert list(told[2:]) == [f"{r['ratio']:.1f}" for r in rows]
