@@ -19,8 +19,8 @@ from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts, accelerators, z
 from moe_course.specs.zoo import hf_configs
 
 H100, RTX, L4 = (accelerators[name] for name in ("H100-SXM", "RTX-4090", "L4"))
-MODELS = ("mistral-7b", "mixtral-8x7b", "qwen3-30b-a3b", "llama-2-70b", "deepseek-v3")
-FEW = settings(max_examples=20)  # each judges several models many times
+MODELS = ("mistral-7b", "mixtral-8x7b", "llama-2-70b", "deepseek-v3")
+FEW = settings(max_examples=25)  # each judges several models many times
 SPECS = [zoo[name] for name in MODELS]
 FOUR_BITS = Precision(4.5 / 8)
 
@@ -290,7 +290,7 @@ def test_a_plain_memory_leaves_times_unknown():
     assert check(judge(zoo["llama-2-70b"], needs), "memory").remedy.endswith("a weight")
     assert judge(zoo["llama-2-70b"], needs).met is False
     text = choice.table(needs, rank(needs, SPECS))
-    assert "Undecided, since a figure is unknown: 3" in text
+    assert "Undecided, since a figure is unknown: 2" in text
     assert re.search(r"mistral-7b .* \?", text)
 
 
@@ -301,9 +301,9 @@ def test_quality_is_yours_or_unknown():
     assert judged["mixtral-8x7b"].met is True
     assert judged["mistral-7b"].met is False
     assert check(judged["mistral-7b"], "quality").share == pytest.approx(65 / 62.5)
-    assert judged["qwen3-30b-a3b"].met is None
-    assert judged["qwen3-30b-a3b"].quality is None
-    assert judged["qwen3-30b-a3b"].value is None
+    assert judged["llama-2-70b"].met is None
+    assert judged["llama-2-70b"].quality is None
+    assert judged["llama-2-70b"].value is None
     best = judged["mixtral-8x7b"]
     assert best.value == pytest.approx(70.6 / best.cost)
 
@@ -398,10 +398,11 @@ def test_the_table_holds_every_part_in_a_hundred_columns(needs, by):
     for spec in SPECS:
         assert spec.name in text
     for judgement in judged:
-        for each in judgement.checks:
+        # Of a model that is out, what it misses; of the others, all.
+        for each in judgement.missed or judgement.checks:
             assert each.evidence in text
             assert choice._number(each.figure) in text
-            assert judgement.met is not False or each.met or each.rule in text
+            assert each.remedy in text.replace("\n" + 22 * " ", " ")
 
 
 def test_a_long_name_is_cut_and_stays_in_the_json():

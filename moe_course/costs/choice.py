@@ -242,11 +242,15 @@ def _step(spec: ModelSpec, needs: Needs, batch: int) -> Step | None:
 def largest_batch(spec: ModelSpec, needs: Needs) -> int:
     """The most sequences that fit and whose step is in time, up to 2^17; 0 if not even one."""
 
+    precision, limit = needs.precision_of(spec), needs.latency_ms
+    weights = weight_bytes(spec, precision)  # once: it does not depend on the batch
+
     def serves(batch: int) -> bool:
-        step = _step(spec, needs, batch)
-        limit = needs.latency_ms
-        late = step is not None and limit is not None and step.time_s * 1e3 > limit
-        return _held(spec, needs, batch) <= needs.capacity and not late
+        caches = cache_bytes(spec, batch, needs.context, precision)
+        if weights + caches > needs.capacity:
+            return False
+        step = None if limit is None else _step(spec, needs, batch)
+        return step is None or limit is None or step.time_s * 1e3 <= limit
 
     low, high = 0, MOST_BATCH + 1
     while high - low > 1:
