@@ -78,6 +78,13 @@ def test_mixtral_on_one_card_by_hand():
     assert (judged.step_s, judged.tokens_per_s, judged.cost) == (None, None, None)
 
 
+def test_no_advice_to_store_a_weight_in_less_than_two_bits():
+    spec = zoo["mistral-7b"]
+    for room, advice in ((2.01, "2.01 bits a weight"), (1.99, "")):
+        needs = Needs(memory=room / 8 * spec.total_params(), context=0)
+        assert check(judge(spec, needs), "memory").remedy == advice
+
+
 def test_cost_by_hand():
     needs = Needs(H100, devices=2, batch=4, context=0, price=3.0)
     judged = judge(zoo["mistral-7b"], needs)
@@ -106,6 +113,20 @@ def test_load_is_the_busy_share_of_the_devices():
     load = check(judge(spec, needs), "load")
     assert load.figure == pytest.approx(3.0 * seconds / batch)
     assert judge(spec, needs).tokens_per_s == pytest.approx(500 * batch / seconds)
+
+
+def test_caches_fill_the_memory_where_no_time_limits_the_batch():
+    spec = zoo["mistral-7b"]
+    needs = Needs(H100, devices=2, requests_per_s=1.0, context=1000, answer=10)
+    each = 1000 * 32 * 2 * 8 * 128 * 2
+    assert (
+        choice.largest_batch(spec, needs) == (160e9 - 2 * spec.total_params()) // each
+    )
+    # The caches of 64-bit numbers take four times as much.
+    wide = replace(needs, precision=Precision(2.0, cache=8.0))
+    most = (160e9 - 2 * spec.total_params()) // (4 * each)
+    assert choice.largest_batch(spec, wide) == most
+    assert choice.largest_batch(zoo["llama-3.1-70b"], replace(needs, devices=1)) == 0
 
 
 def test_a_request_without_a_prompt_only_writes():
@@ -377,6 +398,12 @@ def test_a_batch_in_time_is_offered():
     assert check(judge(spec, replace(needs, batch=batch + 1)), "latency").met is False
 
 
+def test_no_batch_is_offered_where_one_sequence_is_late():
+    needs = Needs(L4, batch=8, context=0, latency_ms=1)
+    missed = check(judge(zoo["mistral-7b"], needs), "latency")
+    assert missed.remedy == f"{missed.devices} devices"
+
+
 def test_activations_that_no_number_of_devices_splits():
     needs = Needs(L4, context=10**8, tuning="lora")
     missed = check(judge(zoo["mistral-7b"], needs), "tuning")
@@ -388,12 +415,12 @@ def test_activations_that_no_number_of_devices_splits():
 
 
 @FEW
-@given(any_needs, st.sampled_from(sorted(CRITERIA)))
-def test_the_table_holds_every_part_in_a_hundred_columns(needs, by):
+@given(any_needs, st.sampled_from(sorted(CRITERIA)), st.integers(72, 120))
+def test_the_table_holds_every_part_in_its_width(needs, by, width):
     needs = replace(needs, quality=Quality("a measure " * 20, {"mistral-7b": 5.0}))
     judged = rank(needs, SPECS, by)
-    text = choice.table(needs, judged, by)
-    assert max(map(len, text.splitlines())) <= 100
+    text = choice.table(needs, judged, by, width)
+    assert max(map(len, text.splitlines())) <= width
     assert CRITERIA[by].text in text
     for spec in SPECS:
         assert spec.name in text
@@ -532,7 +559,9 @@ def test_the_command_reads_every_option(capsys, tmp_path):
 
 def test_the_command_says_when_nothing_is_left(capsys):
     out = choose(capsys, "--memory", "1", code=1)
+    assert "Needs: 1.0 GB, batch 1" in out
     assert "No model meets every rule." in out
+    choose(capsys, "--memory", "20", "--latency", "5", code=0)  # undecided, not out
 
 
 def test_help_names_every_criterion(capsys):

@@ -48,10 +48,11 @@ AS_PUBLISHED: Mapping[str, Precision] = {
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures that somebody measured: a benchmark's, say, from one source, the larger the better.
+    """Figures that you bring, the larger the better: a benchmark's from one source, say, or effective parameters from a
+    scaling law inside its range (`costs.effective_parameters`).
 
     A model without a figure is unknown, not 0. Figures of different measures, or of one measure with different prompts,
-    do not compare: so the measure has to be named.
+    do not compare: so the measure has to be named. Raises ValueError where it is not, and on figures below 0.
     """
 
     measure: str  # what, how and where: "MMLU, 5-shot, arXiv:2401.04088, table 2"
@@ -116,7 +117,7 @@ class Needs:
 
     @property
     def sequences(self) -> int:
-        """Of a step: the batch, or one where requests come at a rate (`largest_batch` finds how many are best)."""
+        """The batch, or one where requests come at a rate, for which `largest_batch` finds how many are best."""
         return self.batch or 1
 
     @property
@@ -173,7 +174,7 @@ class Check:
 
     @property
     def share(self) -> float | None:
-        """Figure over limit, or the other way round for a least: above 1 is missed."""
+        """Figure over limit (where it is a least, limit over figure), above 1 if missed."""
         if self.figure is None:
             return None
         above, below = self.figure, self.limit
@@ -690,34 +691,47 @@ def _missed(check: Check) -> str:
     return text + (f": {check.remedy} would do" if check.remedy else "")
 
 
-def table(needs: Needs, judgements: list[Judgement], by: str = "cost") -> str:
-    """What `rank` returned as plain text, at most 100 columns wide, with every part of the decision in it."""
-    lines = _wrapped(f"Needs: {_asked(needs)}")
-    lines += _wrapped(f"Order: {CRITERIA[by].text}")
+def table(
+    needs: Needs, judgements: list[Judgement], by: str = "cost", width: int = WIDTH
+) -> str:
+    """What `rank` returned as plain text, at most `width` columns wide, with every part of the decision in it."""
+
+    def wrapped(text: str, indent: int = 3) -> list[str]:
+        return textwrap.wrap(
+            text, width, subsequent_indent=" " * indent,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+
+    lines = wrapped(f"Needs: {_asked(needs)}")
+    lines += wrapped(f"Order: {CRITERIA[by].text}")
     if needs.quality is not None:
-        lines += _wrapped(f"Quality: {needs.quality.measure}")
+        lines += wrapped(f"Quality: {needs.quality.measure}")
     met = [j for j in judgements if j.met is True]
     undecided = [j for j in judgements if j.met is None]
     missed = [j for j in judgements if j.met is False]
     if met:
-        lines += ["", f"Every rule met: {len(met)}", *_rows(met, needs, by)]
+        lines += [
+            "",
+            f"Every rule met: {len(met)}",
+            *_rows(met, _columns(needs, by), width),
+        ]
     else:
         lines += ["", "No model meets every rule."]
     if undecided:
         title = f"Undecided, since a figure is unknown: {len(undecided)}"
-        lines += ["", title, *_rows(undecided, needs, by, len(met))]
+        lines += ["", title, *_rows(undecided, _columns(needs, by), width, len(met))]
     if missed:
         lines += ["", f"A rule missed, nearest first: {len(missed)}"]
         for judgement in missed:
             said = "; ".join(map(_missed, judgement.missed))
-            lines += _wrapped(f"   {_short(judgement):<18} {said}", 22)
+            lines += wrapped(f"   {_short(judgement):<18} {said}", 22)
     lines += ["", "Rules, and where such figures are shown"]
     for name, rule in RULES.items():
         if rule.asked(needs):
-            lines += _wrapped(f" - {name}: {rule.text} [{rule.evidence}]", 3)
+            lines += wrapped(f" - {name}: {rule.text} [{rule.evidence}]", 3)
     lines += ["", "Not in the table"]
     for remark in remarks(needs):
-        lines += _wrapped(f" - {remark.text} [{remark.evidence}]", 3)
+        lines += wrapped(f" - {remark.text} [{remark.evidence}]", 3)
     return "\n".join(lines)
 
 
@@ -727,12 +741,12 @@ def _short(judgement: Judgement) -> str:
 
 
 def _rows(
-    judgements: list[Judgement], needs: Needs, by: str, placed: int = 0
+    judgements: list[Judgement], columns: list[_Column], width: int, placed: int = 0
 ) -> list[str]:
     """Blocks of columns, as many as it takes to stay within the width; each begins with the names."""
     blocks: list[list[_Column]] = [[]]
-    for column in _columns(needs, by):
-        if 22 + sum(c.width for c in [*blocks[-1], column]) > WIDTH:
+    for column in columns:
+        if 22 + sum(c.width for c in [*blocks[-1], column]) > width:
             blocks.append([])
         blocks[-1].append(column)
     lines = []
@@ -743,13 +757,6 @@ def _rows(
             cells = "".join(f"{c.text(judgement):>{c.width}}" for c in block)
             lines.append(f"{place:>2} {_short(judgement):<19}{cells}")
     return [line.rstrip() for line in lines]
-
-
-def _wrapped(text: str, indent: int = 3) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, subsequent_indent=" " * indent,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
 
 
 def as_dict(
