@@ -13,27 +13,35 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_course import __version__
+
+if TYPE_CHECKING:
+    from moe_course.costs.choice import Needs, Quality
+    from moe_course.specs import ModelSpec
 
 
 class UsageError(Exception):
     """What was asked for cannot be done; its text is the one line the user sees."""
 
 
-def _count(args: argparse.Namespace) -> int:
+def _read_spec(path: str, name: str) -> ModelSpec:
     from moe_course.specs import ModelSpec
 
     try:
-        config = json.loads(Path(args.config).read_text(encoding="utf-8-sig"))
-        spec = ModelSpec.from_hf_config(config, Path(args.config).name)
+        config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return ModelSpec.from_hf_config(config, name)
     except OSError as error:
-        raise UsageError(f"cannot read {args.config}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{args.config} is not JSON: {error}") from error
+        raise UsageError(f"{path} is not JSON: {error}") from error
     except ValueError as error:
-        raise UsageError(f"{args.config}: {error}") from error
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _count(args: argparse.Namespace) -> int:
+    spec = _read_spec(args.config, Path(args.config).name)
     rows = [
         (name.replace("_", " "), *count)
         for name, count in spec.breakdown().items()
@@ -47,6 +55,91 @@ def _count(args: argparse.Namespace) -> int:
         f"without the input embedding {spec.active_params(include_embedding=False):,} are active"
     )
     return 0
+
+
+def _choose(args: argparse.Namespace) -> int:
+    from moe_course.costs import choice
+
+    try:
+        needs = _needs(args)
+        ranked = choice.rank(needs, _candidates(args), args.by)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if args.json:
+        print(json.dumps(choice.as_dict(needs, ranked, args.by), indent=1))
+    else:
+        print(choice.table(needs, ranked, args.by))
+    return 0 if any(judgement.met is not False for judgement in ranked) else 1
+
+
+def _needs(args: argparse.Namespace) -> Needs:
+    from moe_course.costs import Precision
+    from moe_course.costs.choice import Needs
+    from moe_course.specs import accelerators
+
+    if (args.gpu is None) == (args.memory is None):
+        raise UsageError("choose needs --gpu or --memory, one of the two")
+    if args.gpu is not None and args.gpu not in accelerators:
+        raise UsageError(
+            f"--gpu {args.gpu} is unknown: it is one of {', '.join(accelerators)}; else give --memory in GB"
+        )
+    precision = None
+    if args.bits is None and (args.expert_bits or args.cache_bits):
+        raise UsageError("--expert-bits and --cache-bits need --bits, of all the rest")
+    if args.bits is not None:
+        experts = None if args.expert_bits is None else args.expert_bits / 8
+        cache = 16 if args.cache_bits is None else args.cache_bits
+        precision = Precision(args.bits / 8, experts, cache / 8)
+    return Needs(
+        accelerator=accelerators.get(args.gpu),
+        devices=args.gpus,
+        memory=None if args.memory is None else args.memory * 1e9,
+        batch=args.batch,
+        requests_per_s=args.requests,
+        context=args.context,
+        answer=args.answer,
+        latency_ms=args.latency,
+        training_flops=args.training_flops,
+        tuning=args.tuning,
+        data=args.data,
+        precision=precision,
+        quality=_quality(args),
+        price=args.price,
+    )
+
+
+def _quality(args: argparse.Namespace) -> Quality | None:
+    from moe_course.costs.choice import Quality
+
+    figures = {}
+    for text in args.quality:
+        name, _, value = text.rpartition("=")
+        try:
+            figures[name] = float(value)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UsageError(f"--quality is MODEL=NUMBER, got {text!r}")
+    if not figures and args.least_quality is None:
+        return None
+    return Quality(args.measure, figures, args.least_quality)
+
+
+def _candidates(args: argparse.Namespace) -> list[ModelSpec]:
+    from moe_course.specs import zoo
+
+    unknown = [name for name in args.model if name not in zoo]
+    if unknown:
+        raise UsageError(
+            f"--model {unknown[0]} is not in the zoo: it has {', '.join(zoo)}; else give its --config"
+        )
+    specs = [zoo[name] for name in (args.model or zoo)]
+    for path in args.config:
+        file = Path(path)
+        # Published configurations are all called config.json: their folder says more.
+        name = file.parent.name if file.stem == "config" else file.stem
+        specs.append(_read_spec(path, name or file.name))
+    return specs
 
 
 def _course_file(relative: str) -> Path:
@@ -430,9 +523,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     count.add_argument("config", metavar="config.json")
     count.set_defaults(run=_count)
+    _add_choose(commands)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
+
+
+def _add_choose(commands: Any) -> None:
+    choose = commands.add_parser(
+        "choose",
+        help="which models meet your needs, and why",
+        description="Rules first, each with its figure, its limit and where the course shows it; then an order by one "
+        "criterion. Times are lower bounds. Exit code 0, or 1 where every model misses a rule.",
+    )
+    option = choose.add_argument
+    option("--gpu", metavar="NAME", help="such as H100-SXM")
+    option("--gpus", type=int, default=1, metavar="N")
+    option(
+        "--memory", type=float, metavar="GB", help="in place of a GPU: no times then"
+    )
+    option("--batch", type=int, metavar="N", help="sequences decoded at once")
+    option("--requests", type=float, metavar="PER_S", help="in place of --batch")
+    option(
+        "--context", type=int, default=4096, metavar="TOKENS", help="with the answer"
+    )
+    option("--answer", type=int, default=0, metavar="TOKENS", help="of each request")
+    option("--latency", type=float, metavar="MS", help="a token, at most")
+    option("--training-flops", type=float, metavar="FLOPS", help="budget, such as 1e23")
+    option("--tuning", default="none", choices=["none", "lora", "full"])
+    option("--data", choices=["one domain", "diverse"])
+    option("--bits", type=float, help="a weight; as published unless given")
+    option("--expert-bits", type=float, metavar="BITS", help="where experts differ")
+    option("--cache-bits", type=float, metavar="BITS", help="a number of the cache: 16")
+    option("--quality", action="append", default=[], metavar="MODEL=NUMBER")
+    option(
+        "--measure", default="", metavar="TEXT", help="what --quality is: MMLU, 5-shot"
+    )
+    option("--least-quality", type=float, metavar="NUMBER")
+    option("--price", type=float, default=1.0, help="of one GPU and hour")
+    option(
+        "--model", action="append", default=[], metavar="NAME", help="not all the zoo"
+    )
+    option(
+        "--config", action="append", default=[], metavar="config.json", help="one more"
+    )
+    option(
+        "--by",
+        default="cost",
+        metavar="WHAT",
+        help="order: cost, latency, memory, tokens, quality or value",
+    )
+    option("--json", action="store_true", help="for programs")
+    choose.set_defaults(run=_choose)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

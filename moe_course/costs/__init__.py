@@ -1,7 +1,8 @@
-"""Costs in closed form, with the standard library alone: latency, memory, network, placement, training, scaling
-laws.
+"""Costs in closed form, with the standard library alone: latency, memory, network, placement, training, fine-tuning,
+scaling laws, and the choice of a model by them.
 """
 
+from moe_course.costs.budget import Budget, full_budget, lora_budget, lora_params
 from moe_course.costs.latency import (
     Regimes,
     Speculation,
@@ -61,6 +62,7 @@ from moe_course.costs.training import (
 
 __all__ = [
     "CLARK",
+    "Budget",
     "ClarkLaw",
     "Link",
     "Precision",
@@ -86,8 +88,11 @@ __all__ = [
     "expected_distinct_ranks",
     "fit_link",
     "flops_per_byte",
+    "full_budget",
     "krajewski_dense_loss",
     "krajewski_loss",
+    "lora_budget",
+    "lora_params",
     "moe_efficiency_analysis",
     "offloaded_step",
     "overlapped",

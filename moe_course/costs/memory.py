@@ -7,6 +7,7 @@ Chapters: book/bandwidth/roofline, book/bandwidth/economics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from moe_course.specs.model import MLA, ModelSpec
 
@@ -23,7 +24,7 @@ class Precision:
     cache: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.weights, self.cache, self.expert_bytes) <= 0:
+        if not all(0 < b < inf for b in (self.weights, self.cache, self.expert_bytes)):
             raise ValueError(f"bytes of a number must be positive, got {self}")
 
     @property

@@ -1,6 +1,6 @@
 """Fine-tuning of sparse models: adapters on stacked experts, budgets, drift, what is trained, upcycling."""
 
-from moe_course.finetune.budget import (
+from moe_course.costs.budget import (
     Budget,
     full_budget,
     lora_budget,

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from moe_course.costs.budget import checked_parts
 from moe_course.layers import Experts, MoE
-
-PARTS = ("router", "experts", "shared", "rest")
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
@@ -31,16 +30,6 @@ def parts_of(model: nn.Module) -> dict[str, str]:
                 if module is not None:
                     kind |= {id(p): part for p in module.parameters()}
     return {name: kind[id(p)] for name, p in model.named_parameters()}
-
-
-def checked_parts(parts: Iterable[str]) -> set[str]:
-    """These of `PARTS`. Raises ValueError on others."""
-    wanted = set(parts)
-    if unknown := wanted - set(PARTS):
-        raise ValueError(
-            f"parts must be among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}"
-        )
-    return wanted
 
 
 def train_only(model: nn.Module, parts: Iterable[str]) -> nn.Module:

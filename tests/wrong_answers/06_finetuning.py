@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_course.finetune import budget, drift, lora, select
+from moe_course.costs import budget
+from moe_course.finetune import drift, lora, select
 from moe_course.finetune.upcycle import upcycled_spec
 from moe_course.layers import Experts
 from moe_course.specs import FFN, GQA, ModelSpec, RoutedExperts

@@ -8,8 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_course.finetune.select import PARTS, checked_parts
 from moe_course.specs.model import FFN, MLA, ModelSpec
+
+PARTS = ("router", "experts", "shared", "rest")
+
+
+def checked_parts(parts: Iterable[str]) -> set[str]:
+    """These of `PARTS`. Raises ValueError on others."""
+    wanted = set(parts)
+    if unknown := wanted - set(PARTS):
+        raise ValueError(
+            f"parts must be among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}"
+        )
+    return wanted
 
 
 @dataclass(frozen=True)
