@@ -40,11 +40,16 @@ from moe_course.costs.network import (
 )
 from moe_course.costs.scaling import (
     CLARK,
+    LUDZIEJEWSKI,
     ClarkLaw,
+    LudziejewskiLaw,
     clark_loss,
     effective_parameters,
     krajewski_dense_loss,
     krajewski_loss,
+    ludziejewski_loss,
+    ludziejewski_optimum,
+    ludziejewski_total,
 )
 from moe_course.costs.sources import (
     estimate_inference_latency,
@@ -61,8 +66,10 @@ from moe_course.costs.training import (
 
 __all__ = [
     "CLARK",
+    "LUDZIEJEWSKI",
     "ClarkLaw",
     "Link",
+    "LudziejewskiLaw",
     "Precision",
     "Regimes",
     "ServingCost",
@@ -88,6 +95,9 @@ __all__ = [
     "flops_per_byte",
     "krajewski_dense_loss",
     "krajewski_loss",
+    "ludziejewski_loss",
+    "ludziejewski_optimum",
+    "ludziejewski_total",
     "moe_efficiency_analysis",
     "offloaded_step",
     "overlapped",
