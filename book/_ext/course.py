@@ -186,9 +186,11 @@ class Quiz(SphinxDirective):
         )
         for option in question["options"]:
             kind = "right" if "right" in option else "wrong"
-            yield self.html(f'<li class="quiz-{kind}">')
+            yield self.html(
+                f'<li class="quiz-{kind}"><strong>{kind.capitalize()}:</strong> '
+            )
             yield self.text(option[kind])
-            yield self.html(f" <strong>{kind.capitalize()}.</strong> ")
+            yield self.html("<br>")
             yield self.text(option["why"], "quiz-why")
             yield self.html("</li>")
         yield self.html("</ul><p>Shown in ")
