@@ -10,6 +10,8 @@
   table of contents gets each part's pages under its question, with their minutes.
 * A page that shows `<div id="course-progress"></div>` gets the list of the course's pages with their minutes, read
   from each page's `data-minutes`, for book/_static/course.js to draw the reader's progress.
+* `{quiz} concepts` shows the questions of that name in moe_course/data/quizzes.yaml. All answers stand behind a toggle;
+  book/_static/course.js adds a button that answers a choice. Nothing is kept or sent.
 """
 
 import json
@@ -18,8 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import yaml
 from bs4 import BeautifulSoup
 from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
 
 MINUTES = re.compile(r'data-minutes="(\d+)"')
 
@@ -198,6 +202,62 @@ def note_includes(app, env):
 
 
 CHAPTER = re.compile(r"\bbook/(?!data/)[a-z]+/[a-z_]+\b(?!/|\.\w)")
+
+
+class Quiz(SphinxDirective):
+    """Multiple choice: a fieldset of radio buttons for each question, the explained answers in its <details>."""
+
+    required_arguments = 1
+
+    def run(self):
+        path = Path(self.env.srcdir) / "moe_course" / "data" / "quizzes.yaml"
+        self.env.note_dependency(str(path))
+        quizzes = yaml.safe_load(path.read_text(encoding="utf8"))
+        if self.arguments[0] not in quizzes:
+            raise self.error(
+                f"no quiz {self.arguments[0]!r} in moe_course/data/quizzes.yaml, which has {', '.join(quizzes)}"
+            )
+        shown = []
+        for number, question in enumerate(quizzes[self.arguments[0]], 1):
+            shown += self.question(number, question)
+        return shown
+
+    def question(self, number, question):
+        yield self.html(
+            f'<fieldset class="quiz" id="question-{number}"><legend>{number}. '
+        )
+        yield self.text(question["ask"])
+        yield self.html("</legend>")
+        for option in question["options"]:
+            yield self.html(
+                f'<label><input type="radio" name="question-{number}"> '
+            )
+            yield self.text(option.get("right") or option["wrong"])
+            yield self.html("</label>")
+        yield self.html(
+            "<details><summary>All answers, explained</summary><ul>"
+        )
+        for option in question["options"]:
+            kind = "right" if "right" in option else "wrong"
+            yield self.html(
+                f'<li class="quiz-{kind}"><strong>{kind.capitalize()}:</strong> '
+            )
+            yield self.text(option[kind])
+            yield self.html("<br>")
+            yield self.text(option["why"], "quiz-why")
+            yield self.html("</li>")
+        yield self.html("</ul><p>Shown in ")
+        yield self.text(question["see"])
+        yield self.html(".</p></details></fieldset>")
+
+    def html(self, markup):
+        return nodes.raw("", markup, format="html")
+
+    def text(self, markdown, *classes):
+        found, _ = self.parse_inline(markdown)
+        return nodes.inline("", "", *found, classes=[*classes])
+
+
 ARGUMENT = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 
 
@@ -226,6 +286,7 @@ def mark_up_docstring(app, what, name, obj, options, lines):
 def setup(app):
     set_address(app)
     leave_kernels_unrun(app)
+    app.add_directive("quiz", Quiz)
     app.connect("autodoc-process-docstring", mark_up_docstring)
     app.connect("doctree-read", note_minutes)
     app.connect("env-updated", note_includes)

@@ -1,4 +1,5 @@
-/* The reader's progress (kept in this browser), glossary definitions on hover, the claims ledger's filters, and printing.
+/* The reader's progress (kept in this browser), glossary definitions on hover, the claims ledger's filters, quizzes,
+   and printing.
    Plain JavaScript without dependencies; every part is an extra, the pages read the same without it. */
 (() => {
   "use strict";
@@ -264,6 +265,28 @@
     }
   }
 
+  /* ---- Quizzes: a button that says what is right or wrong about a choice. Nothing is kept or sent ---- */
+
+  function answerQuizzes() {
+    for (const quiz of document.querySelectorAll("fieldset.quiz")) {
+      const button = element("button", { type: "button" }, "Check");
+      const feedback = element("p", { class: "quiz-feedback", role: "status" });
+      quiz.querySelector("details").before(button, feedback);
+      const choices = [...quiz.querySelectorAll("input")];
+      const answers = quiz.querySelectorAll("li");
+      for (const choice of choices) {
+        choice.checked = false; // some browsers restore a choice, but not its answer
+        choice.addEventListener("change", () => feedback.replaceChildren());
+      }
+      button.addEventListener("click", () => {
+        const answer = answers[choices.findIndex((choice) => choice.checked)];
+        if (!answer) return feedback.replaceChildren("Choose an option first.");
+        const verdict = answer.classList.contains("quiz-right") ? "Right. " : "Not this one. ";
+        feedback.replaceChildren(element("strong", {}, verdict), ...answer.querySelector(".quiz-why").cloneNode(true).childNodes);
+      });
+    }
+  }
+
   /* ---- Paper is white and shows every answer ---- */
 
   let opened = [];
@@ -286,6 +309,7 @@
   offerDefinitions();
   linkFigures();
   filterLedger();
+  answerQuizzes();
   addEventListener("load", reachScrollers);
   addEventListener("resize", reachScrollers);
   addEventListener("storage", (event) => event.key === KEY && showProgress());

@@ -41,11 +41,16 @@ from moe_course.costs.network import (
 )
 from moe_course.costs.scaling import (
     CLARK,
+    LUDZIEJEWSKI,
     ClarkLaw,
+    LudziejewskiLaw,
     clark_loss,
     effective_parameters,
     krajewski_dense_loss,
     krajewski_loss,
+    ludziejewski_loss,
+    ludziejewski_optimum,
+    ludziejewski_total,
 )
 from moe_course.costs.sources import (
     estimate_inference_latency,
@@ -62,9 +67,11 @@ from moe_course.costs.training import (
 
 __all__ = [
     "CLARK",
+    "LUDZIEJEWSKI",
     "Budget",
     "ClarkLaw",
     "Link",
+    "LudziejewskiLaw",
     "Precision",
     "Regimes",
     "ServingCost",
@@ -93,6 +100,9 @@ __all__ = [
     "krajewski_loss",
     "lora_budget",
     "lora_params",
+    "ludziejewski_loss",
+    "ludziejewski_optimum",
+    "ludziejewski_total",
     "moe_efficiency_analysis",
     "offloaded_step",
     "overlapped",

@@ -28,8 +28,7 @@ class ClarkLaw:
 
         1/Ê = 1 / (E - 1 + 1 / (1/E_start - 1/E_max)) + 1/E_max
         """
-        offset = 1 / (1 / self.e_start - 1 / self.e_max)
-        return 1 / (1 / (experts - 1 + offset) + 1 / self.e_max)
+        return _bent(experts, self.e_start, self.e_max)
 
 
 Method = Literal["s-base", "rl-r", "hash"]
@@ -101,6 +100,93 @@ def krajewski_dense_loss(params: float, tokens: float) -> float:
     _require_at_least_1(params=params, tokens=tokens)
     _warn_outside("tokens", tokens, 16e9, 130e9)
     return 0.47 + 16.3 / params**0.126 + 26.7 / tokens**0.127
+
+
+@dataclass(frozen=True)
+class LudziejewskiLaw:
+    """The constants of Ludziejewski et al. (2025), table 3; logarithms are natural."""
+
+    a: float = 35.91
+    alpha: float = -0.1889
+    delta: float = -0.2285
+    gamma: float = 0.0098
+    b: float = 35.98
+    beta: float = -0.1775
+    omega: float = 0.5529
+    zeta: float = -0.0259
+    e_start: float = 2.0732
+    e_max: float = 290.4521
+    c: float = 1.3637
+
+    def terms(self, experts: float) -> tuple[float, float, float, float]:
+        """m, μ, n, ν of L = m N^μ + n D^ν + c for this number of experts (arXiv:2502.05172, equation 5)."""
+        e = _bent(experts, self.e_start, self.e_max)
+        return (
+            self.a * e**self.delta,
+            self.alpha + self.gamma * math.log(e),
+            self.b * e**self.omega,
+            self.beta + self.zeta * math.log(e),
+        )
+
+
+LUDZIEJEWSKI = LudziejewskiLaw()
+
+
+def ludziejewski_loss(params: float, tokens: float, experts: float) -> float:
+    """Loss of a model, dense or with top-1 experts as large as the FFN in every layer (arXiv:2502.05172, equation 6).
+
+        L = a Ê^δ N^(α + γ ln Ê) + b Ê^ω D^(β + ζ ln Ê) + c        constants of table 3
+
+    params: N, the *active* parameters with both embeddings; fitted from 79 million to 2.7 billion, and up to 5.0
+        billion stored (`ludziejewski_total`).
+    tokens: D; fitted from 0.5 to 80 billion. With fewer tokens than parameters the paper sees larger errors.
+    experts: E; fitted from 1 (the dense model) to 32. With 16 and 32 no run had more than 321 million active parameters
+        or 16 billion tokens, with 8 not more than 683 million or 32 billion (appendix E); of that nothing warns.
+
+    Raises ValueError on values below 1.
+    """
+    _require_at_least_1(params=params, tokens=tokens, experts=experts)
+    # The listing of runs (appendix E) is rounded: what rounds to its ends is within.
+    _warn_outside("params", params, 78.5e6, 2.75e9)
+    _warn_outside("tokens", tokens, 0.5e9, 80e9)
+    _warn_outside("experts", experts, 1, 32)
+    _warn_outside("stored params", ludziejewski_total(params, experts), 78.5e6, 5.05e9)
+    m, mu, n, nu = LUDZIEJEWSKI.terms(experts)
+    return m * params**mu + n * tokens**nu + LUDZIEJEWSKI.c
+
+
+def ludziejewski_total(params: float, experts: float) -> float:
+    """Stored parameters of the paper's model with `params` active ones (arXiv:2502.05172, equations 9 and 10, A.3).
+
+        active = 2 d V + 13 B d²      total = 2 d V + (4 + 9E) B d²      V = 50,257, B = d / 64 layers
+
+    Of 13 d² per layer attention has 4 and SwiGLU of three times the width 9. Raises ValueError on values below 1.
+    """
+    _require_at_least_1(params=params, experts=experts)
+    low, high = 0.0, params  # active(d) > d, so d lies between
+    for _ in range(200):
+        width = (low + high) / 2
+        active = 2 * width * 50_257 + 13 * width**3 / 64
+        low, high = (width, high) if active < params else (low, width)
+    return params + 9 * (experts - 1) * width**3 / 64
+
+
+def ludziejewski_optimum(flops: float, experts: float) -> tuple[float, float]:
+    """Active parameters and tokens of least loss with 6·N·D = `flops` (arXiv:2502.05172, equation 7, table 1).
+
+        N = (μ m / (ν n) · (flops / 6)^-ν)^(-1 / (μ + ν))      D = flops / (6 N)
+
+    from dL/dN = 0, with μ, ν < 0. No run of the paper took more than 6e20 FLOPs. Raises ValueError on values below 1.
+    """
+    _require_at_least_1(flops=flops, experts=experts)
+    m, mu, n, nu = LUDZIEJEWSKI.terms(experts)
+    params = (mu * m / (nu * n) * (flops / 6) ** -nu) ** (-1 / (mu + nu))
+    return params, flops / (6 * params)
+
+
+def _bent(experts: float, e_start: float, e_max: float) -> float:
+    offset = 1 / (1 / e_start - 1 / e_max)
+    return 1 / (1 / (experts - 1 + offset) + 1 / e_max)
 
 
 def _require_at_least_1(**values: float) -> None:
