@@ -4,6 +4,8 @@ First hard constraints: a model that misses one is out, with how much it misses 
 one stated criterion. There is no score. Times are lower bounds (`costs.latency`): a limit that a bound misses is missed
 for certain, one that it meets may still be missed in practice. Quality is never computed here: bring a published
 figure, or it is unknown. Unknown is None, and is neither met nor missed.
+
+Chapter: book/choosing/when.
 """
 
 from __future__ import annotations
