@@ -5,6 +5,7 @@
 * A link in words to a numbered figure, `[the three regimes](#fig-three-regimes)`, gets its number: "the three regimes
   (Figure 3)". In the notebook itself such a link reads well without one, which `{numref}` does not.
 * Where there is no triton (macOS, Windows), the pages of Part 5 are built without running them.
+* The playground's page gets its form, and the files that book/build.py laid out for it (book/_ext/playground.py).
 * A page that shows `<div id="course-progress"></div>` gets the list of the course's pages with their minutes, read
   from each page's `data-minutes`, for book/_static/course.js to draw the reader's progress.
 """
@@ -15,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import playground
 from docutils import nodes
 
 MINUTES = re.compile(r'data-minutes="(\d+)"')
@@ -117,6 +119,22 @@ def add_course_pages(app, pagename, templatename, context, doctree):
     )
 
 
+def take_playground(app):
+    """Copy what the playground runs, Pyodide and the package's modules, into _static."""
+    folder = Path(app.srcdir) / "_build" / "playground"
+    if folder.exists():
+        app.config.html_static_path.append(str(folder))
+
+
+def add_playground(app, pagename, templatename, context, doctree):
+    """Put the form into its page, and say in it whether Pyodide is there."""
+    if playground.PLACE in context.get("body", ""):
+        folder = Path(app.srcdir) / "_build" / "playground" / "playground"
+        runtime = (folder / "pyodide" / playground.FILES[0]).exists()
+        form = playground.form(context["pathto"]("_static/", 1), runtime)
+        context["body"] = context["body"].replace(playground.PLACE, form)
+
+
 def reading_order(env, name):
     yield name
     for child in env.toctree_includes.get(name, []):
@@ -173,11 +191,13 @@ def mark_up_docstring(app, what, name, obj, options, lines):
 def setup(app):
     set_address(app)
     leave_kernels_unrun(app)
+    take_playground(app)
     app.connect("autodoc-process-docstring", mark_up_docstring)
     app.connect("doctree-read", note_minutes)
     app.connect("env-updated", note_includes)
     app.connect("doctree-resolved", number_figure_links)
     app.connect("html-page-context", add_course_pages)
+    app.connect("html-page-context", add_playground)
     app.connect("html-page-context", drop_relative_og_url, priority=900)
     return {
         "version": "1",
