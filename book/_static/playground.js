@@ -4,7 +4,7 @@
 (() => {
   "use strict";
 
-  const root = document.getElementById("playground");
+  const root = document.getElementById("course-playground");
   if (!root) return;
   const form = root.querySelector("form");
   const status = root.querySelector(".pg-state");
@@ -72,6 +72,7 @@ lambda state: json.dumps(answer(json.loads(state)))
     }).observe(root);
     restore();
     root.removeAttribute("aria-busy");
+    performance.mark("playground-ready"); // for benchmarks/playground.py
   }
 
   function say(text) {
@@ -90,7 +91,7 @@ lambda state: json.dumps(answer(json.loads(state)))
       const known = control.tagName !== "SELECT" || [...control.options].some((option) => option.value === value);
       control.value = known ? value : defaults[control.name];
     }
-    form.querySelector("details").open ||= ["weights", "experts_in", "cache", "arithmetic", "price", "busy"].some((n) => n in values);
+    form.querySelector("details").open ||= ["weights", "experts_in", "cache", "arithmetic", "busy"].some((n) => n in values);
   }
 
   const written = () => new URLSearchParams(state).toString();
@@ -212,7 +213,7 @@ lambda state: json.dumps(answer(json.loads(state)))
   function lineChart({ lines, here, alt }) {
     const width = Math.max(260, results.clientWidth);
     const height = 260;
-    const [left, right, top, bottom] = [58, 12, 10, 40];
+    const [left, right, top, bottom] = [58, 24, 10, 40];
     const points = [...lines.flat(), ...here];
     const x = scale(points.map((p) => p[0]), left, width - right);
     const y = scale(points.map((p) => p[1]), height - bottom, top);
