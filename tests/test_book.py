@@ -734,7 +734,7 @@ def test_a_link_to_the_playground_restores_everything(
     playground.locator("#pg-other_experts").fill("0")
     playground.get_by_label("GPU", exact=True).select_option("L4")
     playground.get_by_text("Precision and use").click()
-    playground.get_by_label("KV cache").select_option("8")
+    playground.get_by_label("KV cache", exact=True).select_option("8")
     playground.locator("#pg-batch").fill("77")
     playground.locator("#pg-batch").press("Enter")
     state = {
@@ -748,7 +748,9 @@ def test_a_link_to_the_playground_restores_everything(
     ).items()
 
     context = browser.new_context()
-    other = open_playground(context.new_page(), playground.url, "")
+    other = open_playground(
+        context.new_page(), site, f"#{urlsplit(playground.url).fragment}"
+    )
     assert other.evaluate(SHOWN) == before
     assert other.locator("#pg-config").input_value() == config
     assert other.locator("#pg-batch").input_value() == "77"
@@ -862,6 +864,7 @@ def test_the_playground_as_a_file_and_without_its_runtime_says_what_to_do(
     plain = browser.new_context(java_script_enabled=False)
     page = plain.new_page()
     page.goto(f"{site}{PLAYGROUND}")
-    assert page.get_by_text("This page needs JavaScript").is_visible()
+    assert page.locator("#course-playground noscript p").is_visible()
+    assert not page.locator(".pg-state").inner_text()
     assert page.locator("#pg-model").is_disabled()
     plain.close()

@@ -125,11 +125,6 @@ def form(static, runtime):
         "This copy of the book was built without Pyodide, so the playground does not run: build the book again with a "
         "network (make book)."
     )
-    state = (
-        "Starting Python in this page; about 13 MB are read."
-        if runtime
-        else missing
-    )
     return f"""
 <div id="course-playground" data-static="{html.escape(static)}" data-runtime="{"yes" if runtime else "no"}">
 <form class="pg-form" autocomplete="off" novalidate>
@@ -139,14 +134,14 @@ def form(static, runtime):
 {when("other", "typed", "The other typed model", *(f"other_{n}" for n in shape))}
 {when("other", "config", "The other pasted model", "other_config")}
 {when("gpu", "typed", "The typed GPU", "tflops", "tflops8", "bandwidth", "capacity", "link")}
-<details class="pg-more"><summary>Precision and use</summary>
-<fieldset class="pg-part" disabled><legend class="visually-hidden">Precision and use</legend><div class="pg-grid">{inputs("weights", "experts_in", "cache", "arithmetic", "busy")}</div></fieldset>
+<details class="pg-more"><summary id="pg-more">Precision and use</summary>
+<fieldset class="pg-part" disabled aria-labelledby="pg-more"><div class="pg-grid">{inputs("weights", "experts_in", "cache", "arithmetic", "busy")}</div></fieldset>
 </details>
 <fieldset class="pg-part" disabled><legend>Load</legend><div class="pg-grid">{inputs("gpus", "price", "batch", "context")}</div></fieldset>
 <fieldset class="pg-actions" disabled><button type="button" class="course-button pg-copy">Copy the link</button>
 <button type="button" class="course-button course-button--quiet pg-reset">Start over</button></fieldset>
 </form>
-<p class="pg-state" role="status">{state}</p>
+<p class="pg-state" role="status">{"" if runtime else missing}</p>
 <noscript><p><strong>This page needs JavaScript: without it,
 <code>moe-course count config.json</code> counts a model, and the chapters The roofline and Economics call the same functions.</strong></p></noscript>
 <div class="pg-results" hidden></div>

@@ -27,8 +27,11 @@
   if (typeof WebAssembly !== "object") {
     return say("This browser has no WebAssembly, which Python needs here: try a current one.");
   }
+  say("Starting Python in this page: 13 MB are read, once.");
   root.setAttribute("aria-busy", "true");
-  start().then(ready, (error) => {
+  // Pyodide reports some of what fails while it starts, such as a missing file, to nobody.
+  const fault = new Promise((_, refuse) => addEventListener("unhandledrejection", (event) => refuse(event.reason)));
+  Promise.race([start(), fault]).then(ready, (error) => {
     root.removeAttribute("aria-busy");
     say(`Python could not be started (${error.message || error}): reload the page, or build the book again with make book.`);
   });
