@@ -835,7 +835,7 @@ def test_the_playground_is_accessible_with_all_of_it_open(
 
 
 def test_the_playground_as_a_file_and_without_its_runtime_says_what_to_do(
-    page: Any, site: str, book: Path, browser: Any
+    page: Any, site: str, book: Path, browser: Any, runtime: None
 ) -> None:
     page.goto((book / PLAYGROUND).as_uri())
     assert "make serve" in page.locator(".pg-state").inner_text()
