@@ -513,8 +513,8 @@ def _charts(
 ) -> dict[str, Any]:
     """Three quantities over the batch, and what is stored.
 
-    lines: for each quantity and model its points, [batch, value, its text, what the step waits for, does it fit]; `here`
-    is the one at the batch chosen.
+    lines: for each quantity and model its points, [batch, value, its text, what the step waits for, does it fit];
+        `here` is the one at the batch chosen
     """
     s = setting
     steps = [[s.step(spec, b) for b in batches(s.batch)] for spec in specs]
