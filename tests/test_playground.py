@@ -263,6 +263,7 @@ BAD = [
     ({"other": "typed", "other_k": "9"}, "other_k", "9 of 8 experts"),
     (PASTED, "config", "Paste the text"),
     (PASTED | {"config": "{"}, "config", "not JSON"),
+    (PASTED | {"config": '{"a'}, "config", "unterminated string in line 1, column 2"),
     (PASTED | {"config": "[1, 2]"}, "config", "one object"),
     (PASTED | {"config": "{}"}, "config", "unknown model_type"),
     (PASTED | {"config": '{"model_type": "mixtral"}'}, "config", "lacks the key"),
@@ -360,6 +361,20 @@ def test_a_model_alone_has_no_rival() -> None:
 def test_without_a_price_there_is_no_chart_of_costs() -> None:
     assert len(answer({})["charts"]["lines"]) == 3
     assert len(answer({"price": "0"})["charts"]["lines"]) == 2
+
+
+def test_what_has_no_number_is_said_in_words() -> None:
+    (table, *_) = answer({"context": "0", "other": "llama-3.1-8b", "gpus": "9"})[
+        "tables"
+    ]
+    rows = {label: texts for label, *texts in table["rows"]}
+    assert rows["Most sequences that fit"] == ["no limit"] * 2
+    assert rows["Experts read in each layer"] == ["8.00", "none"]
+    assert rows["Prompt of one context, at least"] == ["none"] * 2
+    (table, *_) = answer({"context": "100000", "other": ""})["tables"]
+    assert ["Arithmetic is longer from batch", "never"] in table["rows"]
+    (table, *_) = answer({"gpus": "1", "gpu": "L4", "other": ""})["tables"]
+    assert ["Most sequences that fit", "0"] in table["rows"]
 
 
 def test_defaults_stay_for_the_sake_of_links() -> None:

@@ -258,9 +258,10 @@ def _pasted(inputs: _Inputs, name: str) -> ModelSpec | None:
         if spec.total_params() > MOST_PARAMS:
             raise ValueError(f"its sizes give more than {MOST_PARAMS:.0e} parameters")
     except json.JSONDecodeError as error:
+        what = error.msg[:1].lower() + error.msg[1:].removesuffix(" starting at")
         inputs.refuse(
             name,
-            f"This is not JSON: {error.msg[:1].lower()}{error.msg[1:]} in line {error.lineno}, column {error.colno}.",
+            f"This is not JSON: {what} in line {error.lineno}, column {error.colno}.",
         )
     except RecursionError:
         inputs.refuse(name, "This is not a config.json: it is nested too deeply.")
@@ -449,8 +450,8 @@ def _lead_sentence(
 
 
 def _table(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def none(shown: Any) -> Any:
-        return lambda value: "none" if value is None else shown(value)
+    def none(shown: Any, word: str = "none") -> Any:
+        return lambda value: word if value is None else shown(value)
 
     whole = "{:,}".format
     rows = (
@@ -458,7 +459,11 @@ def _table(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ("Memory alone", "memory_s", seconds),
         ("Arithmetic alone", "compute_s", seconds),
         ("It waits for", "bound", {"memory": "memory", "compute": "arithmetic"}.get),
-        ("Arithmetic is longer from batch", "compute_bound_from", none(_batch)),
+        (
+            "Arithmetic is longer from batch",
+            "compute_bound_from",
+            none(_batch, "never"),
+        ),
         ("Read in a step", "read_bytes", gigabytes),
         ("Experts read in each layer", "experts_read", none(amount)),
         ("Dispatch and combine, on top", "exchange_s", none(seconds)),
@@ -472,7 +477,7 @@ def _table(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ("Memory of a GPU", "capacity_per_gpu", gigabytes),
         ("Fits", "fits", {True: "yes", False: "no"}.get),
         ("GPUs that could hold it", "gpus_needed", whole),
-        ("Most sequences that fit", "largest_batch", none(whole)),
+        ("Most sequences that fit", "largest_batch", none(whole, "no limit")),
         ("Parameters, stored", "total_params", whole),
         ("Parameters that a token uses", "active_params", whole),
     )
@@ -486,7 +491,11 @@ def _table(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _parts(m: dict[str, Any]) -> dict[str, Any]:
     rows = [
-        [name.replace("_", " ").capitalize(), f"{total:,}", f"{active:,}"]
+        [
+            name.replace("_", " ").capitalize().replace("ffn", "FFN"),
+            f"{total:,}",
+            f"{active:,}",
+        ]
         for name, (total, active) in m["breakdown"].items()
         if total
     ]
