@@ -856,10 +856,12 @@ def test_the_playground_as_a_file_and_without_its_runtime_says_what_to_do(
     assert page.locator("#pg-model").is_disabled()
     page.unroute(f"**/{PLAYGROUND}")
 
-    page.route("**/pyodide.asm.wasm", lambda route: route.abort())
-    page.goto(f"{site}{PLAYGROUND}")
-    said = page.locator(".pg-state", has_text="Python could not be started")
-    said.wait_for(timeout=60_000)
+    for lost in ("pyodide.mjs", "pyodide.asm.wasm", "moe_course.zip"):
+        page.route(f"**/{lost}", lambda route: route.abort())
+        page.goto(f"{site}{PLAYGROUND}")
+        said = page.locator(".pg-state", has_text="Python could not be started")
+        said.wait_for(timeout=60_000)
+        page.unroute(f"**/{lost}")
 
     plain = browser.new_context(java_script_enabled=False)
     page = plain.new_page()

@@ -29,9 +29,22 @@
   }
   say("Starting Python in this page: 13 MB are read, once.");
   root.setAttribute("aria-busy", "true");
-  // Pyodide reports some of what fails while it starts, such as a missing file, to nobody.
-  const fault = new Promise((_, refuse) => addEventListener("unhandledrejection", (event) => refuse(event.reason)));
-  Promise.race([start(), fault]).then(ready, (error) => {
+  // Pyodide waits for ever for a file that cannot be had, so what is fetched while it starts is watched.
+  const plainFetch = window.fetch;
+  const fault = new Promise((_, refuse) => {
+    window.fetch = async (...what) => {
+      try {
+        const response = await plainFetch(...what);
+        if (!response.ok) throw new Error(`${response.status} for ${response.url}`);
+        return response;
+      } catch (error) {
+        refuse(error);
+        throw error;
+      }
+    };
+  });
+  const started = Promise.race([start(), fault]).finally(() => (window.fetch = plainFetch));
+  started.then(ready, (error) => {
     root.removeAttribute("aria-busy");
     say(`Python could not be started (${error.message || error}): reload the page, or build the book again with make book.`);
   });
