@@ -26,6 +26,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_cache import get_cache
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import playground  # noqa: E402
+
 BUILD = ROOT / "_build"
 HTML, DOCTREES, OUTPUTS = (
     BUILD / "html",
@@ -70,20 +73,24 @@ def main() -> int:
 def build() -> int:
     started = time.perf_counter()
     pages = toc_pages()
+    missing = (
+        playground.prepare(BUILD) if f"{playground.PAGE}.md" in pages else ""
+    )
     old = json.loads(STATE.read_text()) if STATE.exists() else {}
     included = old.get("includes", [])
     new = {
         "versions": versions(),
         "files": digests([*pages, *included]),
         "includes": included,
+        "missing": missing,
     }
     if (
         old.get("complete")
         and (HTML / "index.html").exists()
-        and all(old[key] == new[key] for key in new)
+        and all(old.get(key) == new[key] for key in new)
     ):
         print("The book is up to date.")
-        return report()
+        return report(missing)
 
     notebooks = [
         page
@@ -105,14 +112,16 @@ def build() -> int:
     new["files"] |= digests(new["includes"])
     STATE.write_text(json.dumps(new | {"complete": True}))
     print(f"Built {len(pages)} pages in {time.perf_counter() - started:.0f} s.")
-    return report()
+    return report(missing)
 
 
-def report() -> int:
+def report(missing: str) -> int:
     if find_spec("triton") is None:
         print(
             "There is no triton here (it exists for Linux alone): book/kernels is shown without outputs."
         )
+    if missing:
+        print(f"The playground does not run in this copy. {missing}")
     print(
         "Open _build/html/index.html, or serve it: python -m http.server -d _build/html (make serve)"
     )

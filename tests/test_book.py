@@ -8,23 +8,28 @@ from __future__ import annotations
 import functools
 import gzip
 import http.server
+import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 
 import bs4
 import nbformat
+import playground_states
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
+
+from moe_course.costs.playground import answer
 
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
@@ -52,6 +57,7 @@ def toc_pages() -> list[str]:
 
 
 PAGES = toc_pages()
+PLAYGROUND = "book/choosing/playground.html"
 NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
 
 
@@ -130,6 +136,7 @@ class Visit:
 
 
 LOOK = """async () => {
+  while (document.querySelector("[aria-busy=true]")) await new Promise(done => setTimeout(done, 50));
   if (window.MathJax?.startup) await MathJax.startup.promise;
   const settled = image => image.complete || new Promise(done => { image.onload = image.onerror = done; });
   await Promise.all([...document.images].map(settled));
@@ -359,6 +366,8 @@ def test_links_and_anchors_resolve(book: Path, soups: dict[str, Any]) -> None:
                 continue
             checked += 1
             path, anchor = unquote(url.path) or name, unquote(url.fragment)
+            if path == PLAYGROUND and "=" in anchor:
+                continue  # a state, which tests/test_playground.py checks
             path = path if path in soups else path.removeprefix("./")
             if not (book / path).is_file() or (
                 anchor and path in ids and anchor not in ids[path]
@@ -665,3 +674,248 @@ def test_paper_shows_the_answers_and_no_sidebar(
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(closed) == before
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+# ---- The playground: its answers are checked in test_playground.py, here that the page gives the same ------------
+
+
+@pytest.fixture(scope="module")
+def runtime(book: Path) -> None:
+    if not (book / "_static/playground/pyodide/pyodide.mjs").exists():
+        pytest.skip("the book was built without Pyodide (no network?)")
+
+
+@pytest.fixture
+def playground(page: Any, site: str, runtime: None) -> Any:
+    """The page, with Python started."""
+    return open_playground(page, site)
+
+
+def open_playground(page: Any, site: str, state: str = "") -> Any:
+    page.goto(f"{site}{PLAYGROUND}{state}")
+    page.locator(".pg-form fieldset:enabled").first.wait_for(timeout=120_000)
+    return page
+
+
+SHOWN = """() => {
+  const texts = (root, what) => [...root.querySelectorAll(what)].map(node => node.textContent);
+  const table = node => ({
+    caption: node.querySelector("caption").textContent,
+    head: texts(node.querySelector("thead"), "th, td"),
+    rows: [...node.querySelectorAll("tbody tr")].map(row => texts(row, "th, td")),
+  });
+  const errors = [...document.querySelectorAll(".pg-error")].filter(node => node.textContent);
+  return {
+    summary: texts(document, ".pg-summary p"),
+    tables: [...document.querySelectorAll(".pg-tables table")].map(table),
+    charts: [...document.querySelectorAll(".pg-numbers table")].map(table),
+    alts: [...document.querySelectorAll(".pg-chart svg")].map(node => node.getAttribute("aria-label")),
+    errors: Object.fromEntries(errors.map(node => [node.id.slice(3, -6), node.textContent])),
+  };
+}"""
+SET = """state => new Promise(done => {
+  addEventListener("popstate", () => done(true), { once: true });
+  location.hash = state;
+})"""
+
+
+def expected(state: dict[str, str]) -> dict[str, Any]:
+    """What the page must show for a state, by the same function in this Python."""
+    found = answer(state)
+    if found["errors"]:
+        return {"errors": found["errors"]}
+    lines = found["charts"]["lines"]
+    charts = [
+        {
+            "caption": f"{chart['title']}, {chart['unit']}",
+            "head": ["Batch", *chart["names"]],
+            "rows": [
+                [f"{points[0][0]:,}", *(cell(point) for point in points)]
+                for points in zip(*chart["lines"], strict=True)
+            ],
+        }
+        for chart in lines
+    ]
+    tables = [
+        {key: table[key] for key in ("caption", "head", "rows")}
+        for table in found["tables"]
+    ]
+    return {
+        "summary": found["summary"],
+        "tables": tables,
+        "charts": charts,
+        "errors": {},
+    }
+
+
+def cell(point: list[Any]) -> str:
+    _, _, text, bound, fits = point
+    waits = ", arithmetic" if bound == "compute" else ""
+    return f"{text}{waits}{'' if fits else ', does not fit'}"
+
+
+def test_the_playground_shows_what_the_package_answers(playground: Any) -> None:
+    # 60 states by their links, answered by Pyodide and by this Python.
+    for state in playground_states.states(seed=11, count=60):
+        playground.evaluate(SET, urlencode(state))
+        shown = playground.evaluate(SHOWN)
+        alts = shown.pop("alts")
+        assert shown == expected(state), state
+        charts = answer(state)["charts"]["lines"]
+        assert alts[: len(charts)] == [chart["alt"] for chart in charts]
+        assert len(alts) == len(charts) + 1
+
+
+def test_the_playground_runs_the_package_s_own_files(site: str, book: Path) -> None:
+    with zipfile.ZipFile(book / "_static/playground/moe_course.zip") as packed:
+        assert len(packed.namelist()) > 10
+        for name in packed.namelist():
+            assert packed.read(name) == (ROOT / name).read_bytes(), name
+
+
+def test_a_link_to_the_playground_restores_everything(
+    playground: Any, browser: Any, site: str
+) -> None:
+    config = json.dumps(playground_states.CONFIGS[2], indent=2)
+    playground.get_by_label("Model", exact=True).select_option("config")
+    playground.locator("#pg-config").fill(config)
+    playground.get_by_label("Other model", exact=True).select_option("typed")
+    playground.locator("#pg-other_experts").fill("0")
+    playground.get_by_label("GPU", exact=True).select_option("L4")
+    playground.get_by_text("Precision and use").click()
+    playground.get_by_label("KV cache", exact=True).select_option("8")
+    playground.locator("#pg-batch").fill("77")
+    playground.locator("#pg-batch").press("Enter")
+    state = {
+        "model": "config", "config": config, "other": "typed", "other_experts": "0",
+        "gpu": "L4", "cache": "8", "batch": "77",
+    }  # fmt: skip
+    assert dict(parse_qsl(urlsplit(playground.url).fragment)) == state
+    before = playground.evaluate(SHOWN)
+    assert {k: before[k] for k in ("summary", "tables")}.items() <= expected(
+        state
+    ).items()
+
+    context = browser.new_context()
+    other = open_playground(
+        context.new_page(), site, f"#{urlsplit(playground.url).fragment}"
+    )
+    assert other.evaluate(SHOWN) == before
+    assert other.locator("#pg-config").input_value() == config
+    assert other.locator("#pg-batch").input_value() == "77"
+    assert other.locator("#pg-other_experts").is_visible()
+    assert not other.locator("#pg-layers").is_visible()
+    context.close()
+
+
+def test_back_and_forward_walk_through_finished_changes(playground: Any) -> None:
+    batch = playground.locator("#pg-batch")
+    slider = playground.get_by_label("Batch: sequences at once, in powers of two")
+    batch.fill("100")
+    batch.press("Tab")
+    slider.focus()
+    slider.press("End")
+    slider.press("ArrowLeft")
+    assert batch.input_value() == "2048"
+    shown = playground.evaluate(SHOWN)
+    assert "2,048 sequences" in shown["summary"][0]
+    for step, wanted in (("back", "4096"), ("back", "100"), ("forward", "4096")):
+        getattr(playground, f"go_{step}")()
+        assert batch.input_value() == wanted
+    playground.go_back()
+    # A link to a place of the page leaves the state alone, and in the address.
+    playground.evaluate("location.hash = 'summary'")
+    playground.wait_for_function("location.hash === '#batch=100'")
+    assert batch.input_value() == "100"
+    playground.get_by_role("button", name="Start over").click()
+    assert batch.input_value() == "32"
+    assert not urlsplit(playground.url).fragment
+
+
+def test_what_the_playground_cannot_use_is_said_beside_it_and_nothing_is_lost(
+    playground: Any,
+) -> None:
+    before = playground.evaluate(SHOWN)
+    playground.get_by_label("Model", exact=True).select_option("config")
+    box = playground.locator("#pg-config")
+    box.fill('{"model_type": "mixtral",')
+    said = playground.locator("#pg-config-error")
+    said.filter(has_text="This is not JSON").wait_for()
+    assert said.evaluate("node => node.parentElement.contains(document.activeElement)")
+    assert box.get_attribute("aria-invalid") == "true"
+    assert box.get_attribute("aria-describedby") == "pg-config-error"
+    assert box.input_value() == '{"model_type": "mixtral",'
+    after = playground.evaluate(SHOWN)
+    assert after["summary"] == before["summary"]  # the last that could be computed
+    assert playground.get_by_text("Not up to date").is_visible()
+    # For screen readers as well, once the reader pauses.
+    playground.locator("[role=status]", has_text="This is not JSON").wait_for(
+        state="attached"
+    )
+    box.fill(json.dumps(playground_states.CONFIGS[0]))
+    playground.locator(".pg-summary", has_text="the pasted model").wait_for()
+    assert box.get_attribute("aria-invalid") is None
+    assert not playground.get_by_text("Not up to date").is_visible()
+    playground.evaluate(SET, "gpu=Z80")
+    assert "not in this list" in playground.locator("#pg-gpu-error").inner_text()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_playground_is_accessible_with_all_of_it_open(
+    playground: Any, theme: str
+) -> None:
+    state = {
+        "model": "typed", "layers": "x", "other": "typed", "gpu": "typed", "cache": "8",
+    }  # fmt: skip
+    playground.evaluate(SET, "context=8192&batch=300")
+    playground.evaluate(SET, urlencode(state))
+    playground.evaluate(
+        "theme => document.documentElement.dataset.theme = theme", theme
+    )
+    playground.evaluate(
+        "document.querySelectorAll('#course-playground details').forEach(d => d.open = true)"
+    )
+    assert playground.locator("#pg-layers-error").is_visible()
+    assert not serious_violations(playground, {})
+    playground.set_viewport_size(PHONE)
+    playground.wait_for_timeout(100)
+    wide = playground.evaluate(WIDE)
+    assert wide["phone_width"] <= PHONE["width"], wide["too_wide"][:3]
+
+
+def test_the_playground_as_a_file_and_without_its_runtime_says_what_to_do(
+    page: Any, site: str, book: Path, browser: Any, runtime: None
+) -> None:
+    page.goto((book / PLAYGROUND).as_uri())
+    assert "make serve" in page.locator(".pg-state").inner_text()
+    assert page.locator("#pg-model").is_disabled()
+
+    def without_runtime(route: Any) -> None:
+        body = route.fetch().text()
+        route.fulfill(
+            body=body.replace('data-runtime="yes"', 'data-runtime="no"'),
+            content_type="text/html",
+        )
+
+    page.route(f"**/{PLAYGROUND}", without_runtime)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{site}{PLAYGROUND}")
+    assert not [url for url in asked if "/pyodide/" in url]
+    assert page.locator("#pg-model").is_disabled()
+    page.unroute(f"**/{PLAYGROUND}")
+
+    for lost in ("pyodide.mjs", "pyodide.asm.wasm", "moe_course.zip"):
+        page.route(f"**/{lost}", lambda route: route.abort())
+        page.goto(f"{site}{PLAYGROUND}")
+        said = page.locator(".pg-state", has_text="Python could not be started")
+        said.wait_for(timeout=60_000)
+        page.unroute(f"**/{lost}")
+
+    plain = browser.new_context(java_script_enabled=False)
+    page = plain.new_page()
+    page.goto(f"{site}{PLAYGROUND}")
+    assert page.locator("#course-playground noscript p").is_visible()
+    assert not page.locator(".pg-state").inner_text()
+    assert page.locator("#pg-model").is_disabled()
+    plain.close()

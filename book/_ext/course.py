@@ -8,6 +8,7 @@
 * Where there is no triton (macOS, Windows), the pages of Part 5 are built without running them.
 * A page that shows `<div class="course-map">` with a `<p data-part="1. Concepts">question</p>` for each part of the
   table of contents gets each part's pages under its question, with their minutes.
+* The playground's page gets its form, and the files that book/build.py laid out for it (book/_ext/playground.py).
 * A page that shows `<div id="course-progress"></div>` gets the list of the course's pages with their minutes, read
   from each page's `data-minutes`, for book/_static/course.js to draw the reader's progress.
 * `{quiz} concepts` shows the questions of that name in moe_course/data/quizzes.yaml. All answers stand behind a toggle;
@@ -20,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import playground
 import yaml
 from bs4 import BeautifulSoup
 from docutils import nodes
@@ -156,6 +158,22 @@ def draw_map(app, pagename, templatename, context, doctree):
     context["body"] = str(page)
 
 
+def take_playground(app):
+    """Copy what the playground runs, Pyodide and the package's modules, into _static."""
+    folder = Path(app.srcdir) / "_build" / "playground"
+    if folder.exists():
+        app.config.html_static_path.append(str(folder))
+
+
+def add_playground(app, pagename, templatename, context, doctree):
+    """Put the form into its page, and say in it whether Pyodide is there."""
+    if playground.PLACE in context.get("body", ""):
+        folder = Path(app.srcdir) / "_build" / "playground" / "playground"
+        runtime = (folder / "pyodide" / playground.FILES[0]).exists()
+        form = playground.form(context["pathto"]("_static/", 1), runtime)
+        context["body"] = context["body"].replace(playground.PLACE, form)
+
+
 def reading_order(env, name):
     yield name
     for child in env.toctree_includes.get(name, []):
@@ -287,12 +305,14 @@ def setup(app):
     set_address(app)
     leave_kernels_unrun(app)
     app.add_directive("quiz", Quiz)
+    take_playground(app)
     app.connect("autodoc-process-docstring", mark_up_docstring)
     app.connect("doctree-read", note_minutes)
     app.connect("env-updated", note_includes)
     app.connect("doctree-resolved", number_figure_links)
     app.connect("html-page-context", add_course_pages)
     app.connect("html-page-context", draw_map)
+    app.connect("html-page-context", add_playground)
     app.connect("html-page-context", drop_relative_og_url, priority=900)
     app.connect("build-finished", drop_icon_script)
     return {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from moe_course.costs.memory import (
@@ -287,17 +288,35 @@ def regimes(
         raise ValueError(f"{sparse.name} has no routed experts")
     e, k = sparse.moe.experts, sparse.moe.k
     all_read = math.log(0.01) / math.log(1 - k / e) if k < e else 1.0
-
-    def turns(spec: ModelSpec) -> float:
-        def compute_bound(batch: float) -> bool:
-            step = decode_step(
-                spec, accelerator, batch, bandwidth=bandwidth, flops=flops
-            )
-            return step.compute_s >= step.memory_s
-
-        return _first(compute_bound)
-
+    turns = partial(
+        compute_bound_from, accelerator=accelerator, bandwidth=bandwidth, flops=flops
+    )
     return Regimes(all_read, turns(dense), turns(sparse))
+
+
+def compute_bound_from(
+    spec: ModelSpec,
+    accelerator: Accelerator,
+    context: float = 0,
+    *,
+    precision: Precision = BF16,
+    bandwidth: float | None = None,
+    flops: float | None = None,
+) -> float:
+    """The batch from which a decode step waits for arithmetic, to a millionth; inf above 10^9.
+
+    With a cache to read there may be none: cache and arithmetic both grow with the batch. How many devices share the
+    work makes no difference. Arguments as in `decode_step`.
+    """
+
+    def compute_bound(batch: float) -> bool:
+        step = decode_step(
+            spec, accelerator, batch, context,
+            precision=precision, bandwidth=bandwidth, flops=flops,
+        )  # fmt: skip
+        return step.compute_s >= step.memory_s
+
+    return _first(compute_bound)
 
 
 def crossovers(
@@ -309,18 +328,19 @@ def crossovers(
     bandwidth: float | None = None,
     flops: float | None = None,
     devices: int = 1,
+    precision: Precision = BF16,
 ) -> list[int]:
     """Batches, up to `most`, at which the faster of two models changes in decoding: the first batch of each new leader.
 
-    bandwidth, flops, devices: as in `decode_step`. Raises ValueError unless most >= 1.
+    bandwidth, flops, devices, precision: as in `decode_step`. Raises ValueError unless most >= 1.
     """
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
 
     def time(spec: ModelSpec, batch: int) -> float:
         return decode_step(
-            spec, accelerator, batch, context, bandwidth=bandwidth, flops=flops,
-            devices=devices,
+            spec, accelerator, batch, context, precision=precision,
+            bandwidth=bandwidth, flops=flops, devices=devices,
         ).time_s  # fmt: skip
 
     def leads(batch: int) -> bool:
@@ -332,9 +352,8 @@ def crossovers(
     grid = sorted({round(2 ** (i / 8)) for i in range(8 * octaves + 1)} | {1, most})
     grid = [batch for batch in grid if batch <= most]
     found = []
-    for low, high in pairwise(grid):
-        if leads(low) != leads(high):
-            before = leads(low)
+    for (low, before), (high, after) in pairwise((b, leads(b)) for b in grid):
+        if before != after:
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if leads(middle) == before else (low, middle)
@@ -446,6 +465,7 @@ __all__ = [
     "activation_traffic",
     "attention_flops",
     "cache_bytes",
+    "compute_bound_from",
     "crossovers",
     "decode_step",
     "offloaded_step",

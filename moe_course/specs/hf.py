@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moe_course.specs.model import FFN, GQA, MLA, RoutedExperts
+from moe_course.specs.model import FFN, GQA, MLA, MOST_LAYERS, RoutedExperts
 
 _REQUIRED = object()
 
@@ -44,6 +44,15 @@ class _Config:
                 f"'{self.path}{key}' must be an integer of at least 1, got {value!r}"
             )
         return value
+
+    def depth(self) -> int:
+        """The number of layers, where they are gone through one by one before a ModelSpec can refuse too many."""
+        layers = self.size("num_hidden_layers")
+        if layers > MOST_LAYERS:
+            raise ValueError(
+                f"'{self.path}num_hidden_layers' must be at most {MOST_LAYERS}, got {layers}"
+            )
+        return layers
 
     def part(self, key: str) -> _Config:
         value = self(key)
@@ -160,7 +169,7 @@ def _olmoe(c: _Config) -> dict[str, Any]:
 def _deepseek(c: _Config, router_bias: bool, mlp_bias: Any = False) -> dict[str, Any]:
     expert_hidden = c.size("moe_intermediate_size")
     shared = c.size("n_shared_experts") if c.nullable("n_shared_experts") else 0
-    every, layers = c.size("moe_layer_freq", 1), c.size("num_hidden_layers")
+    every, layers = c.size("moe_layer_freq", 1), c.depth()
     return _common(c) | {
         "attention": MLA(
             heads=c("num_attention_heads"),
@@ -214,7 +223,7 @@ def _gpt_oss(c: _Config) -> dict[str, Any]:
 def _llama4_text(c: _Config) -> dict[str, Any]:
     c("head_dim")  # 128 where nothing else is said, not hidden_size / heads
     bias = c("attention_bias", False)
-    layers, hidden = c.size("num_hidden_layers"), c("intermediate_size")
+    layers, hidden = c.depth(), c("intermediate_size")
     sparse = c("moe_layers", None)
     if sparse is None:
         every = c.size("interleave_moe_layer_step")

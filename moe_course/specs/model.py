@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, NamedTuple
 
 MOST_LAYERS = 10_000  # beyond this a configuration is broken, not large
@@ -235,7 +236,7 @@ class ModelSpec:
                 "but no dense `ffn` is given"
             )
 
-    @property
+    @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the sparse layers."""
         if self.moe is None:
@@ -281,7 +282,7 @@ class ModelSpec:
 
     def total_params(self) -> int:
         """Every stored weight."""
-        return sum(count.total for count in self.breakdown().values())
+        return self._sums.total
 
     def active_params(self, include_embedding: bool = True) -> int:
         """Weights that one token meets: all but the experts it does not select.
@@ -290,10 +291,15 @@ class ModelSpec:
         looks up one row of it and multiplies by none; where it is tied to the output
         head it stays, because there it is multiplied.
         """
-        active = sum(count.active for count in self.breakdown().values())
+        active = self._sums.active
         if include_embedding or self.tied_embeddings:
             return active
         return active - self.vocab * self.width
+
+    @cached_property
+    def _sums(self) -> Count:
+        counts = self.breakdown().values()
+        return Count(sum(c.total for c in counts), sum(c.active for c in counts))
 
     @classmethod
     def from_hf_config(
