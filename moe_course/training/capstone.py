@@ -127,7 +127,7 @@ class Design:
 
 _INTEGERS = {
     "width": (16, 128), "layers": (1, 6), "heads": (1, 8), "experts": (1, 64), "k": (1, 64), "hidden": (1, 1024),
-    "shared": (0, 1024), "batch": (4, 64), "steps": (PART, 20_000),
+    "shared": (0, 1024), "batch": (8, 64), "steps": (PART, 20_000),
 }  # fmt: skip
 _NUMBERS = {"strength": (0.0, 100.0), "peak_lr": (1e-5, 0.1), "weight_decay": (0.0, 1.0)}  # fmt: skip
 _WORDS = {"gate": tuple(GATES), "cure": CURES}
@@ -469,10 +469,7 @@ def _run(
         end.cancel()
         child.kill()
         child.wait()
-        assert child.stderr is not None
-        words = child.stderr.read()
-        child.stdout.close()
-        child.stderr.close()
+        words = child.stderr.read() if child.stderr else ""
     if "error" in said:
         raise ValueError(said["error"])
     if "result" not in said:
@@ -552,8 +549,8 @@ DENSE_SHAPE = {"experts": 1, "k": 1, "shared": 0, "gate": "softmax", "cure": "no
 
 def largest(**given: Any) -> Design:
     """A design with as many steps as the budget and the text allow."""
-    values = {
-        "layers": 1, "heads": 1, "shared": 0, "cure": "loss", "strength": 0.01, "batch": 16, "steps": PART,
+    values: dict[str, Any] = {
+        "layers": 1, "heads": 1, "shared": 0, "cure": "loss", "strength": 0.01, "batch": 8, "steps": PART,
         "schedule": SCHEDULE, "weight_decay": 0.1,
     } | given  # fmt: skip
     one = Design(**values)
@@ -572,14 +569,27 @@ def _sparse(experts: int, k: int, hidden: int, **given: Any) -> Design:
 
 # Dense shapes and learning rates, one seed each: which of them is the baseline.
 SEARCH = [
-    dense(width, hidden, lr, **more)
-    for width, hidden, more in (
-        (32, 64, {}), (32, 128, {}), (32, 256, {}), (24, 128, {}), (48, 128, {}), (64, 128, {}),
-        (32, 64, {"layers": 2}), (32, 128, {"batch": 8}),
-    )
-    for lr in (0.006, 0.012, 0.024)[: 3 if hidden == 128 and width < 64 else 2]
-]  # fmt: skip
-BASELINE = dense(32, 128, 0.012)
+    dense(32, 128, 0.012, batch=16),
+    dense(32, 128, 0.024, batch=16),
+    dense(32, 64, 0.012, batch=16),
+    dense(32, 256, 0.012, batch=16),
+    dense(48, 128, 0.012, batch=16),
+    dense(32, 64, 0.012, batch=16, layers=2),
+    dense(32, 128, 0.012),
+    dense(32, 128, 0.024),
+    dense(32, 64, 0.012),
+    dense(32, 64, 0.024),
+    dense(24, 128, 0.024),
+    dense(24, 128, 0.012),
+    dense(32, 256, 0.012),
+    dense(48, 128, 0.012),
+    dense(32, 128, 0.012, layers=2),
+    dense(24, 64, 0.012),
+    dense(24, 192, 0.012),
+    dense(16, 128, 0.012),
+    dense(24, 128, 0.008),
+]
+BASELINE = dense(24, 128, 0.012)
 # Sparse designs that differ, each of which must reach the bar.
 DESIGNS = {
     "64 fine experts, 4 used": _sparse(64, 4, 16),
@@ -587,19 +597,16 @@ DESIGNS = {
     "one of 32 experts, a gate that is a probability": _sparse(32, 1, 64, strength=0.02),
     "a shared FFN and 2 of 16 experts": _sparse(16, 2, 32, shared=32),
     "2 of 32 experts, sigmoid gate, a bias and no loss": _sparse(32, 2, 32, gate="sigmoid", cure="bias", strength=0.01),
-    "two layers, 2 of 16 experts": _sparse(16, 2, 32, width=24, layers=2),
 }  # fmt: skip
 SEEDS = tuple(range(5))
 
 
 def arms() -> list[tuple[str, Design, int]]:
     """(name, design, seed) of every run of the record."""
-    found = []
+    found = [("search", design, 0) for design in SEARCH]
     for seed in SEEDS:
-        found += [(name, design, seed) for name, design in DESIGNS.items()]
         found.append(("dense", BASELINE, seed))
-        if seed == 0:
-            found += [("search", design, seed) for design in SEARCH]
+        found += [(name, design, seed) for name, design in DESIGNS.items()]
     return found
 
 
@@ -645,9 +652,8 @@ def bits(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def bar(rows: Sequence[Mapping[str, Any]]) -> float:
-    """What a design must not exceed: four standard deviations below the dense baseline's mean, in thousandths."""
-    losses = bits(rows, "dense")
-    return math.floor(1e3 * (statistics.mean(losses) - 4 * statistics.stdev(losses))) / 1e3  # fmt: skip
+    """What a design must not exceed: 2 % below the dense baseline's mean, in hundredths of a bit."""
+    return math.floor(98 * statistics.mean(bits(rows, "dense"))) / 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
