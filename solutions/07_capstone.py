@@ -31,14 +31,14 @@
 #
 # | key | | may be |
 # |---|---|---|
-# | `width`, `layers`, `heads` | model width D, layers L, attention heads (D is a multiple of 2 · heads) | 16 to 128, 1 to 6, 1 to 8 |
-# | `experts`, `k`, `hidden` | E routed experts in every layer, k of them per byte, each a gated FFN of this width | 1 to 64, 1 to E, 1 to 1024 |
+# | `width`, `layers`, `heads` | model width D (a multiple of 2 · heads), layers L | 16 to 128, 1 to 6, 1 to 8 |
+# | `experts`, `k`, `hidden` | E experts a layer, k per byte, each a gated FFN this wide | 1 to 64, 1 to E, 1 to 1024 |
 # | `shared` | width of an FFN that every byte passes besides; 0 for none | 0 to 1024 |
-# | `gate` | `"softmax"` (weights are probabilities), `"renormalised"` (over the chosen ones) or `"sigmoid"` | |
-# | `cure` | `"loss"`, `"bias"` (with the sigmoid gate) or `"none"` | |
+# | `gate` | weights are probabilities, these over their sum, or sigmoids | `"softmax"`, `"renormalised"`, `"sigmoid"` |
+# | `cure` | what balances; a bias needs the sigmoid gate | `"loss"`, `"bias"`, `"none"` |
 # | `strength` | weight of the balancing loss, or step of the bias | 0 to 100 |
 # | `batch`, `steps` | windows of 64 bytes in a step, and steps | 8 to 64, 4 to 20,000 |
-# | `peak_lr`, `schedule` | learning rate, and pairs (share of the training, share of `peak_lr`) | 1e-5 to 0.1; 2 to 20 pairs |
+# | `peak_lr`, `schedule` | and pairs (share of the training, share of `peak_lr`) | 1e-5 to 0.1; 2 to 20 pairs |
 # | `weight_decay` | of AdamW, on matrices alone | 0 to 1 |
 #
 # Every design is a byte-level language model (256 bytes, input embedding and output head of their own), trained on
@@ -55,8 +55,8 @@ from moe_course.grading import check, solution, total
 #
 # Return (stored, used) weights, as exact integers. Stored: an input embedding and an output head of 256 · D each; in
 # every layer four D x D matrices of attention, two norm vectors of D, a router of D · E, E experts of three D x
-# `hidden` matrices, and three D x `shared` matrices; one more norm at the end. Used by a byte: all of it but the experts
-# that it does not choose and the input embedding, of which it looks up one row.
+# `hidden` matrices, and three D x `shared` matrices; one more norm at the end. Used by a byte: all of it but the
+# experts that it does not choose and the input embedding, of which it looks up one row.
 #
 # A dense design (`experts` = 1) has no router.
 
@@ -122,8 +122,8 @@ check("07.2", steps_within)
 #
 # {meta 07.3}
 #
-# A schedule is a list of points (share of the training, share of the peak), from share 0 to share 1, with straight lines
-# between them. Step 0, 1, ... of `steps` stands at share (step + 1) / steps. Return its learning rate.
+# A schedule is a list of points (share of the training, share of the peak), from share 0 to share 1, with straight
+# lines between them. Step 0, 1, ... of `steps` stands at share (step + 1) / steps. Return its learning rate.
 
 
 # %% tags=["07.3"]
@@ -134,9 +134,8 @@ def learning_rate(
     at = (step + 1) / steps
     # Your code here.
     # BEGIN SOLUTION
-    for (x0, y0), (x1, y1) in zip(schedule, schedule[1:]):
-        if at <= x1:
-            break
+    x0, y0 = [point for point in schedule if point[0] < at][-1]
+    x1, y1 = next(point for point in schedule if point[0] >= at)
     return peak * (y0 + (y1 - y0) * (at - x0) / (x1 - x0))
     # END SOLUTION
 
@@ -151,8 +150,9 @@ check("07.3", learning_rate)
 #
 # You have trained a dense model and some candidates with several seeds. `dense` maps a seed to the loss in bits per
 # byte; each candidate is a dict with `name`, `bits` (a map like `dense`), `flops`, `state_bytes` and `dead_experts`. A
-# seed orders the text, so losses of one seed belong together: its *gain* is the dense loss minus the candidate's. Return the
-# name of the candidate with the largest mean gain, over the seeds that it shares with the dense model, among those
+# seed orders the text, so losses of one seed belong together: its *gain* is the dense loss minus the candidate's.
+# Return the name of the candidate with the largest mean gain, over the seeds that it shares with the dense model,
+# among those
 #
 # - with `flops` and `state_bytes` not above the two limits, no dead experts, and at least three shared seeds,
 # - whose mean gain is above three times its standard error, $s / \sqrt n$ with $s$ the sample standard deviation (over
@@ -203,7 +203,7 @@ check("07.4", choose)
 # | training | 8 · 10¹¹ FLOPs, counted as in 07.2, and at most 2 passes over 4,000,000 bytes of text |
 # | memory | 4,000,000 bytes of training state: 16 for each stored weight |
 # | latency | a decode step takes at most 0.6 ms at batch 1, and 4 ms at batch 64 |
-# | sparse | at most half of the experts work on a byte, and the k routed experts of a byte are together at least as wide as `shared` |
+# | sparse | at most half of the experts work on a byte; those that do are together at least as wide as `shared` |
 #
 # Latency is that of a made-up device: 0.2 GB/s and 2 GFLOP/s. A step of B sequences reads, in 4 bytes each, min(B, 256)
 # rows of the input embedding, the expected number of different experts in each layer ([distinct
@@ -224,16 +224,17 @@ check("07.4", choose)
 # |---|---|
 # | `stored_params`, `used_params` | as in 07.1 |
 # | `training_flops` | of all `steps` |
-# | `stored_per_used` | FFN weights that are stored, routed and shared, over those that a byte uses; without router |
-# | `experts_read_at_64` | expected number of different experts in a layer that a batch of 64 reads, if all are equally popular |
-# | `dense_faster_from` | the first batch, 1 to 1024, at which a decode step of the dense baseline takes less time than yours; 0 if none |
+# | `stored_per_used` | FFN weights stored, routed and shared, over those that a byte uses; no router |
+# | `experts_read_at_64` | expected number of different experts of a layer in a batch of 64, all equally popular |
+# | `compute_bound_from` | first batch (1 to 1024) whose decode step computes longer than it reads; 0: none |
 # | `held_out_bits` | the loss that you expect the check to measure, to 2 % |
 #
-# The first three and the sixth are exact, the fourth and fifth within 1 %. They may be computed in your function.
+# Counts, FLOPs and the batch are exact, the fourth and fifth within 1 %. They may be computed in your function.
 #
 # Here is a design to start from. It breaks a rule, trains for too short a time and at the wrong rate: see what
 # `compare` says of it, and of your own. It prints costs and limits, trains with the seeds that you name, each in well
-# under a minute on a quiet core, and keeps what it has in `capstone_runs`: stopped, the same call goes on; done, it reads.
+# under a minute on a quiet core, and keeps what it has in `capstone_runs`: stopped, the same call goes on; done, it
+# reads.
 
 # %%
 example = {
@@ -280,35 +281,26 @@ def recipe() -> dict:
     steps = steps_within(used, context=64, **shape, **budget)
     design["steps"] = steps
     per_byte = 6 * used + 12 * design["layers"] * design["width"] * 64
-    baseline = example | {"experts": 1, "k": 1, "hidden": 128}
 
-    def seconds(design: dict, batch: int) -> float:
-        stored, used = parameters(design)
-        distinct = design["experts"] * (
-            1 - (1 - design["k"] / design["experts"]) ** batch
-        )
-        one = design["layers"] * 3 * design["width"] * design["hidden"]
-        read = used + (distinct - design["k"]) * one + min(batch, 256) * design["width"]
-        return max(4 * read / 0.2e9, 2 * used * batch / 2e9)
+    def distinct(batch: int) -> float:
+        return 64 * (1 - (1 - 4 / 64) ** batch)
 
-    return design | {
-        "claims": {
-            "stored_params": stored,
-            "used_params": used,
-            "training_flops": steps * design["batch"] * 64 * per_byte,
-            "stored_per_used": design["experts"] / design["k"],
-            "experts_read_at_64": 64 * (1 - (1 - 4 / 64) ** 64),
-            "dense_faster_from": next(
-                (
-                    b
-                    for b in range(1, 1025)
-                    if seconds(baseline, b) < seconds(design, b)
-                ),
-                0,
-            ),
-            "held_out_bits": 3.10,
-        }
+    def compute_bound(batch: int) -> bool:
+        one = 3 * design["width"] * design["hidden"]
+        read = used + (distinct(batch) - 4) * one
+        read += min(batch, 256) * design["width"]
+        return 2 * used * batch / 2e9 > 4 * read / 0.2e9
+
+    claims = {
+        "stored_params": stored,
+        "used_params": used,
+        "training_flops": steps * design["batch"] * 64 * per_byte,
+        "stored_per_used": 64 / 4,
+        "experts_read_at_64": distinct(64),
+        "compute_bound_from": next(filter(compute_bound, range(1, 1025)), 0),
+        "held_out_bits": 2.88,
     }
+    return design | {"claims": claims}
     # END SOLUTION
 
 

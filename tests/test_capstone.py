@@ -64,7 +64,7 @@ def test_costs_are_those_of_the_checks_own_arithmetic(design):
     assert claims["used_params"] == used
     assert claims["training_flops"] == design.flops()
     for batch in (1, 64, 500):
-        mine = checks._decode_ms(design, batch)
+        mine = max(checks._decode_ms(design, batch))
         assert mine == pytest.approx(1e3 * capstone.decode_seconds(design, batch))
 
 

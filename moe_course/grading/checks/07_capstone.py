@@ -389,10 +389,6 @@ Recipe = tuple[capstone.Design, dict[str, Any]]
 _recipes: WeakKeyDictionary[Answer, Recipe] = WeakKeyDictionary()
 
 
-def _dense_ms(batch: int) -> float:
-    return _decode_ms(capstone.BASELINE, batch)
-
-
 def _distinct(experts: int, k: int, batch: int) -> float:
     missed = 1.0
     for _ in range(batch):
@@ -400,18 +396,18 @@ def _distinct(experts: int, k: int, batch: int) -> float:
     return experts * (1 - missed)
 
 
-def _decode_ms(design: capstone.Design, batch: int) -> float:
-    """Milliseconds of a decode step: bytes read over bandwidth, or FLOPs over their rate."""
-    d, layers = design.width, design.layers
+def _decode_ms(design: capstone.Design, batch: int) -> tuple[float, float]:
+    """Milliseconds of a decode step for reading, and for computing."""
+    d = design.width
     read = min(batch, VOCAB) * d + VOCAB * d + d  # embedding, head, last norm
-    read_experts = _distinct(design.experts, design.k, batch)
     router = design.experts if design.experts > 1 else 0
-    for _ in range(layers):
-        read += 4 * d * d + 2 * d + router * d + 3 * d * design.shared
-        read += read_experts * 3 * d * design.hidden  # type: ignore[assignment]
+    experts = _distinct(design.experts, design.k, batch) * 3 * d * design.hidden
+    layer = 4 * d * d + 2 * d + router * d + 3 * d * design.shared + experts
     _, used = _parameters(_shape(design))
-    memory = 4 * read / capstone.DEVICE.bandwidth
-    return 1e3 * max(memory, 2 * used * batch / capstone.DEVICE.bf16)
+    return (
+        4e3 * (read + design.layers * layer) / capstone.DEVICE.bandwidth,
+        2e3 * used * batch / capstone.DEVICE.bf16,
+    )
 
 
 def _shape(design: capstone.Design) -> dict[str, int]:
@@ -419,9 +415,10 @@ def _shape(design: capstone.Design) -> dict[str, int]:
     return {name: getattr(design, name) for name in names}
 
 
-def _dense_faster_from(design: capstone.Design) -> int:
+def _compute_bound_from(design: capstone.Design) -> int:
     for batch in range(1, MOST_BATCH + 1):
-        if _dense_ms(batch) < _decode_ms(design, batch):
+        reading, computing = _decode_ms(design, batch)
+        if computing > reading:
             return batch
     return 0
 
@@ -438,13 +435,13 @@ def true_claims(design: capstone.Design) -> dict[str, float]:
         "training_flops": tokens * each,
         "stored_per_used": (design.experts * design.hidden + design.shared) / weights,
         "experts_read_at_64": _distinct(design.experts, design.k, 64),
-        "dense_faster_from": _dense_faster_from(design),
+        "compute_bound_from": _compute_bound_from(design),
     }
 
 
 CLAIMS = (
     "stored_params", "used_params", "training_flops", "stored_per_used", "experts_read_at_64",
-    "dense_faster_from", "held_out_bits",
+    "compute_bound_from", "held_out_bits",
 )  # fmt: skip
 
 
