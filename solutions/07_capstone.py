@@ -274,9 +274,9 @@ def recipe() -> dict:
     # Your code here.
     # BEGIN SOLUTION
     design = example | {
-        "experts": 64,
-        "k": 4,
-        "hidden": 16,
+        "experts": 32,
+        "k": 2,
+        "batch": 16,
         "peak_lr": 0.012,
         "schedule": [(0.0, 0.0), (0.1, 1.0), (0.5, 0.7), (1.0, 0.05)],
     }
@@ -288,11 +288,11 @@ def recipe() -> dict:
     per_byte = 6 * used + 12 * design["layers"] * design["width"] * 64
 
     def distinct(batch: int) -> float:
-        return 64 * (1 - (1 - 4 / 64) ** batch)
+        return 32 * (1 - (1 - 2 / 32) ** batch)
 
     def compute_bound(batch: int) -> bool:
         one = 3 * design["width"] * design["hidden"]
-        read = used + (distinct(batch) - 4) * one
+        read = used + (distinct(batch) - 2) * one
         read += min(batch, 256) * design["width"]
         return 2 * used * batch / 2e9 > 4 * read / 0.2e9
 
@@ -300,10 +300,10 @@ def recipe() -> dict:
         "stored_params": stored,
         "used_params": used,
         "training_flops": steps * design["batch"] * 64 * per_byte,
-        "stored_per_used": 64 / 4,
+        "stored_per_used": 32 / 2,
         "experts_read_at_64": distinct(64),
         "compute_bound_from": next(filter(compute_bound, range(1, 1025)), 0),
-        "held_out_bits": 2.88,
+        "held_out_bits": 2.96,
     }
     return design | {"claims": claims}
     # END SOLUTION

@@ -164,7 +164,7 @@ def test_a_run_that_was_stopped_goes_on(once, tmp_path):
 def test_what_diverges_and_what_hangs_is_said():
     wild = replace(TINY, peak_lr=0.1, schedule=((0.0, 1.0), (1.0, 1.0)))
     job = {"design": capstone.plain(wild) | {"peak_lr": 1e30}, "seed": 0, "part": 4, "checkpoint": None}  # fmt: skip
-    with pytest.raises(ValueError, match="peak_lr must be a number"):
+    with pytest.raises(ValueError, match="peak_lr must be a plain number"):
         capstone._run(job, None, 60)
     with pytest.raises(RuntimeError, match=r"ended: stopped after 0 s at most"):
         capstone.train_apart(TINY, 0, most_seconds=0.2)

@@ -153,7 +153,7 @@ def read(raw: object) -> Design:
         value = raw[key]
         if type(value) is not int or not least <= value <= most:
             raise ValueError(
-                f"{key} must be an integer from {least:,} to {most:,}, got {_told(value)}"
+                f"{key} must be a plain integer from {least:,} to {most:,}, got {_told(value)}"
             )
     for key, (low, high) in _NUMBERS.items():
         _require_number(key, raw[key], low, high)
@@ -197,7 +197,7 @@ def _require_number(key: str, value: Any, low: float, high: float) -> None:
     # NaN compares false with everything.
     if type(value) not in (int, float) or not low <= value <= high:
         raise ValueError(
-            f"{key} must be a number from {low:g} to {high:g}, got {_told(value)}"
+            f"{key} must be a plain number from {low:g} to {high:g}, got {_told(value)}"
         )
 
 

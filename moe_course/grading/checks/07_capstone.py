@@ -384,7 +384,9 @@ MOST_VIOLATION = 2.0
 WITHIN = 0.02  # relative, of the loss that a recipe claims
 MOST_BATCH = 1024
 
-Recipe = tuple[capstone.Design, dict[str, Any]]
+HUGE = 1e30  # beyond it a claim is none
+
+Recipe = tuple[capstone.Design, Any]
 # What an answer returned, read once: whatever it returns when it is asked again does not count.
 _recipes: WeakKeyDictionary[Answer, Recipe] = WeakKeyDictionary()
 
@@ -446,22 +448,34 @@ CLAIMS = (
 
 
 def _read(raw: object) -> Recipe:
+    """The design, and the claims as they came. Raises ValueError where it is no design."""
     if type(raw) is not dict:
         raise ValueError(f"a recipe is a dict, got {type(raw).__name__}")
-    claims = dict(raw).pop("claims", None)
     design = {key: value for key, value in raw.items() if key != "claims"}
+    return capstone.read(design), raw.get("claims")
+
+
+def _claimed(answer: Answer) -> dict[str, float]:
+    """What is claimed, as plain numbers."""
+    claims = _recipes[answer][1]
     if type(claims) is not dict or any(type(key) is not str for key in claims):
-        raise ValueError("the recipe lacks its claims: a dict under the key 'claims'")
+        raise Failure("no claims: they are a dict under the key 'claims'", hint=False)
     missing = [key for key in CLAIMS if key not in claims]
     extra = [key[:40] for key in claims if key not in CLAIMS]
     if missing or extra:
         parts = [f"lack {', '.join(missing)}"] * bool(missing)
         parts += [f"have unknown {', '.join(extra[:9])}"] * bool(extra)
-        raise ValueError(f"the claims {' and '.join(parts)}")
-    for key, value in claims.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"the claim {key} must be a plain number, got {shown(value)}")  # fmt: skip
-    return capstone.read(design), dict(claims)
+        raise Failure(f"the claims {' and '.join(parts)}", hint=False)
+    found = {}
+    for key in CLAIMS:
+        value = claims[key]
+        if type(value) not in (int, float) or not -HUGE < value < HUGE:
+            raise Failure(
+                f"the claim {key} must be a plain number, got {shown(value)}",
+                hint=False,
+            )
+        found[key] = value
+    return found
 
 
 def _number(value: float, unit: str) -> str:
@@ -509,7 +523,7 @@ def _decodes_in_time(answer: Answer, rng: Random) -> str:
 
 
 def _claims_hold(answer: Answer, rng: Random) -> None:
-    design, claims = _recipes[answer]
+    design, claims = _recipes[answer][0], _claimed(answer)
     for key, want in true_claims(design).items():
         got = claims[key]
         exact = isinstance(want, int)
@@ -566,7 +580,7 @@ def _is_balanced(answer: Answer, rng: Random) -> str:
 
 
 def _is_honest(answer: Answer, rng: Random) -> str:
-    claimed = _recipes[answer][1]["held_out_bits"]
+    claimed = _claimed(answer)["held_out_bits"]
     measured = _result(answer, rng)["bits"]
     text = f"claimed {claimed:.4f}, measured {measured:.4f}"
     if not abs(claimed - measured) <= WITHIN * measured:
