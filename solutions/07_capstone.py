@@ -230,11 +230,11 @@ check("07.4", choose)
 # | `stored_params`, `used_params` | as in 07.1 |
 # | `training_flops` | of all `steps` |
 # | `stored_per_used` | FFN weights stored, routed and shared, over those that a byte uses; no router |
-# | `experts_read_at_64` | expected number of different experts of a layer in a batch of 64, all equally popular |
+# | `experts_read_at_16` | expected number of different experts of a layer in a batch of 16, all equally popular |
 # | `compute_bound_from` | first batch (1 to 1024) whose decode step computes longer than it reads; 0: none |
 # | `held_out_bits` | the loss that you expect the check to measure, to 2 % |
 #
-# Counts, FLOPs and the batch are exact, the fourth and fifth within 1 %. They may be computed in your function.
+# Counts, FLOPs and the batch are exact, the fourth and fifth within 0.1 %. They may be computed in your function.
 #
 # Here is a design to start from. It breaks a rule, trains for too short a time and at the wrong rate: see what
 # `compare` says of it, and of your own. It prints costs and limits, trains with the seeds that you name, each in well
@@ -301,7 +301,7 @@ def recipe() -> dict:
         "used_params": used,
         "training_flops": steps * design["batch"] * 64 * per_byte,
         "stored_per_used": 32 / 2,
-        "experts_read_at_64": distinct(64),
+        "experts_read_at_16": distinct(16),
         "compute_bound_from": next(filter(compute_bound, range(1, 1025)), 0),
         "held_out_bits": 2.96,
     }

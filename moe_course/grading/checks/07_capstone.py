@@ -436,13 +436,13 @@ def true_claims(design: capstone.Design) -> dict[str, float]:
         "used_params": used,
         "training_flops": tokens * each,
         "stored_per_used": (design.experts * design.hidden + design.shared) / weights,
-        "experts_read_at_64": _distinct(design.experts, design.k, 64),
+        "experts_read_at_16": _distinct(design.experts, design.k, 16),
         "compute_bound_from": _compute_bound_from(design),
     }
 
 
 CLAIMS = (
-    "stored_params", "used_params", "training_flops", "stored_per_used", "experts_read_at_64",
+    "stored_params", "used_params", "training_flops", "stored_per_used", "experts_read_at_16",
     "compute_bound_from", "held_out_bits",
 )  # fmt: skip
 
@@ -527,8 +527,8 @@ def _claims_hold(answer: Answer, rng: Random) -> None:
     for key, want in true_claims(design).items():
         got = claims[key]
         exact = isinstance(want, int)
-        if got != want if exact else not abs(got - want) <= 0.01 * abs(want):
-            about = f"{want:,}" if exact else f"{want:.5g} (within 1 %)"
+        if got != want if exact else not abs(got - want) <= 0.001 * abs(want):
+            about = f"{want:,}" if exact else f"{want:.5g} (within 0.1 %)"
             raise Failure(f"{key} is {about}, the recipe claims {shown(got)}")
 
 
