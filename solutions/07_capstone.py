@@ -37,7 +37,7 @@
 # | `gate` | weights are probabilities, these over their sum, or sigmoids | `"softmax"`, `"renormalised"`, `"sigmoid"` |
 # | `cure` | what balances; a bias needs the sigmoid gate | `"loss"`, `"bias"`, `"none"` |
 # | `strength` | weight of the balancing loss, or step of the bias | 0 to 100 |
-# | `batch`, `steps` | windows of 64 bytes in a step, and steps | 8 to 64, 4 to 20,000 |
+# | `batch`, `steps` | windows of 64 bytes in a step, and steps | 8 to 64, 4 to 20,000 / L |
 # | `peak_lr`, `schedule` | and pairs (share of the training, share of `peak_lr`) | 1e-5 to 0.1; 2 to 20 pairs |
 # | `weight_decay` | of AdamW, on matrices alone | 0 to 1 |
 #
@@ -242,6 +242,8 @@ check("07.4", choose)
 # reads.
 
 # %%
+from moe_course.training import capstone
+
 example = {
     "width": 32,
     "layers": 1,
@@ -261,8 +263,6 @@ example = {
 }
 
 # %%
-from moe_course.training import capstone
-
 # Take the # away: a quarter of the steps, as the check does it; then the whole.
 # capstone.compare(example, seeds=(0, 1))
 # capstone.compare(example, part=1)

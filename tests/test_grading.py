@@ -114,7 +114,7 @@ def slow_answers(kind):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("question", "answer", "name"), slow_answers("right"))
+@pytest.mark.parametrize(("question", "answer", "name"), [*slow_answers("right")])
 def test_slow_right_answers_pass(question, answer, name):
     for seed in range(2):
         outcome = grade(question, answer, seed)
@@ -122,7 +122,7 @@ def test_slow_right_answers_pass(question, answer, name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("question", "answer", "name"), slow_answers("wrong"))
+@pytest.mark.parametrize(("question", "answer", "name"), [*slow_answers("wrong")])
 def test_slow_wrong_answers_fail_at_the_named_invariant(question, answer, name):
     outcome = grade(question, answer, 0)
     failed = [line.name for line in outcome.lines if line.status == core.FAILED]

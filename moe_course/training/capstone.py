@@ -125,9 +125,10 @@ class Design:
         return self.peak_lr * self.schedule[-1][1]
 
 
+MOST_LAYER_STEPS = 20_000  # a step of a small model takes its time whatever it computes
 _INTEGERS = {
     "width": (16, 128), "layers": (1, 6), "heads": (1, 8), "experts": (1, 64), "k": (1, 64), "hidden": (1, 1024),
-    "shared": (0, 1024), "batch": (8, 64), "steps": (PART, 20_000),
+    "shared": (0, 1024), "batch": (8, 64), "steps": (PART, MOST_LAYER_STEPS),
 }  # fmt: skip
 _NUMBERS = {"strength": (0.0, 100.0), "peak_lr": (1e-5, 0.1), "weight_decay": (0.0, 1.0)}  # fmt: skip
 _WORDS = {"gate": tuple(GATES), "cure": CURES}
@@ -176,6 +177,11 @@ def read(raw: object) -> Design:
         )
     if design.experts == 1 and design.shared:
         raise ValueError("with experts = 1 (dense) shared must be 0: make hidden wider")
+    if design.steps * design.layers > MOST_LAYER_STEPS:
+        raise ValueError(
+            f"steps · layers must be at most {MOST_LAYER_STEPS:,}, so that a check ends: got "
+            f"{design.steps:,} steps of {design.layers} layers; take larger batches"
+        )
     if design.cure == "bias" and design.gate != "sigmoid":
         raise ValueError("the cure 'bias' needs the gate 'sigmoid'")
     if design.cure == "bias" and not design.strength:
@@ -333,7 +339,7 @@ def train(
     checkpoint: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train with a `part`th of the steps, in this process; what became of loss and load on held-out text.
+    """Train with steps // part steps, in this process; what became of loss and load on held-out text.
 
     `bits`: mean over the domains, in bits per byte; `domains`: each; `counts`: assignments by sparse layer and expert.
     Raises FloatingPointError when the loss is no longer finite.

@@ -233,6 +233,7 @@ def chosen_by_the_package(dense, candidates, flops, state_bytes):
 BASE = capstone.plain(
     capstone.largest(width=32, experts=32, k=2, hidden=32, gate="renormalised", peak_lr=0.012, batch=16)
 )  # fmt: skip
+FINE = capstone.plain(capstone.DESIGNS["64 fine experts, 4 used"])
 BITS = 2.96  # what it is about to reach; an honest claim stands within 2 %
 
 
@@ -428,6 +429,7 @@ WRONG = {
         _within("all of it shared", a_recipe(experts=2, k=1, hidden=1, shared=128, gate="softmax")),
         _within("shared, by a hair", a_recipe(shared=65)),
         # Budgets
+        _within("steps and layers without end", a_recipe(width=16, layers=6, k=1, hidden=1, gate="softmax", batch=8, steps=3500)),
         _within("one step too many", a_recipe(steps=STEPS + 1)),
         _within("ten times the steps", a_recipe(steps=19_999)),
         _within("more than two passes", a_recipe(width=16, hidden=1, k=1, experts=2, gate="softmax", batch=64, steps=2000)),
@@ -480,7 +482,8 @@ SLOW_WRONG = {
         ("too high a rate", a_recipe(peak_lr=0.1, schedule=[(0.0, 1.0), (1.0, 1.0)], weight_decay=0.0), TRAINED_5),
         ("balance is all", a_recipe(strength=100.0), TRAINED_5),
         ("half of it shared, two experts", a_recipe(experts=2, k=1, hidden=64, shared=64, gate="softmax", steps=4000), TRAINED_5),
-        ("a router left alone", a_recipe(cure="none", strength=0.0), BALANCED_5),
-        ("a bias of too small a step", a_recipe(gate="sigmoid", cure="bias", strength=1e-6), BALANCED_5),
+        ("a router left alone", a_recipe(cure="none", strength=0.0), TRAINED_5),
+        ("a router left alone, with fine experts", a_recipe(bits=2.95, **FINE | {"cure": "none"}), BALANCED_5),
+        ("a bias of too small a step", a_recipe(gate="sigmoid", cure="bias", strength=1e-6), TRAINED_5),
     ]
 }  # fmt: skip

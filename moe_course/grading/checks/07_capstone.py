@@ -546,7 +546,7 @@ def _result(answer: Answer, rng: Random) -> dict[str, Any]:
     seed = _seeds.setdefault(answer, rng.randrange(10**6, 2**31))
     try:
         return _trained(design, seed)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise Failure(f"trained again: {error}", hint=False) from error
 
 
