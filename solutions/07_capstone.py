@@ -214,7 +214,7 @@ check("07.4", choose)
 # them), with a seed that you do not know, and asks for
 #
 # - a loss of at most 3.050 bits per byte, the mean over the four domains' held-out text,
-# - in every layer a max violation of at most 2 on held-out text, and no dead expert (at most 1 % of an even share).
+# - in every layer a max violation of at most 2.5 on held-out text, and no dead expert (at most 1 % of an even share).
 #
 # *The record behind it* (`book/data/records/capstone.json`, a quarter of the budget; on the page of all
 # [measurements](../book/reference/measurements.ipynb)): the best dense model of 19 shapes and learning rates has width
@@ -232,7 +232,7 @@ check("07.4", choose)
 # | `stored_per_used` | FFN weights stored, routed and shared, over those that a byte uses; no router |
 # | `experts_read_at_16` | expected number of different experts of a layer in a batch of 16, all equally popular |
 # | `compute_bound_from` | first batch (1 to 1024) whose decode step computes longer than it reads; 0: none |
-# | `held_out_bits` | the loss that you expect the check to measure, to 2 % |
+# | `held_out_bits` | the loss that you expect the check to measure, to 3 % |
 #
 # Counts, FLOPs and the batch are exact, the fourth and fifth within 0.1 %. They may be computed in your function.
 #
@@ -303,7 +303,7 @@ def recipe() -> dict:
         "stored_per_used": 32 / 2,
         "experts_read_at_16": distinct(16),
         "compute_bound_from": next(filter(compute_bound, range(1, 1025)), 0),
-        "held_out_bits": 2.96,
+        "held_out_bits": 2.92,
     }
     return design | {"claims": claims}
     # END SOLUTION

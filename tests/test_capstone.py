@@ -231,6 +231,8 @@ def test_the_exercise_prints_the_limits_and_the_record(root, rows):
         f"{capstone.MEMORY:,} bytes of training state",
         f"{1e3 * capstone.DECODE[1]:g} ms at batch 1, and {1e3 * capstone.DECODE[64]:g} ms at batch 64",
         "0.2 GB/s and 2 GFLOP/s",
+        f"a max violation of at most {checks.MOST_VIOLATION:g}",
+        f"to {checks.WITHIN:.0%}".replace("%", " %"),
         f"2 passes over {capstone.TRAIN_BYTES:,} bytes",
         "a quarter of its steps",
     ):
