@@ -263,7 +263,7 @@ example = {
 }
 
 # %%
-# Take the # away: a quarter of the steps, as the check does it; then the whole.
+# Take a # away: a quarter of the steps, as in the check; then the whole.
 # capstone.compare(example, seeds=(0, 1))
 # capstone.compare(example, part=1)
 
