@@ -27,8 +27,8 @@ SEEDS = range(12)
 
 
 def seeds(question):
-    """Kernels take seconds under the interpreter."""
-    return range(3) if question.needs else SEEDS
+    """Kernels take seconds under the interpreter, and what is trained takes longer."""
+    return range(1) if question.slow else range(3) if question.needs else SEEDS
 
 
 def checkable(number):
@@ -86,10 +86,47 @@ def test_package_functions_earn_nothing(root, number):
 def test_right_answers_pass(root, number):
     answers = filed(root, number).RIGHT
     for question in checkable(number):
+        if question.slow:
+            continue  # in a test of its own
         for answer in answers[question.id]:
             for seed in seeds(question):
                 outcome = grade(question, answer, seed)
                 assert outcome.full, f"{question.id}: {outcome.text()}"
+
+
+def slow_answers(kind):
+    """(what, question, answer, invariant that must fail) of the answers that take long."""
+    root = Path(__file__).parents[1]
+    for number in exercise_numbers():
+        answers = filed(root, number)
+        for question in load_exercise(number).questions:
+            if not question.slow:
+                continue
+            if kind == "right":
+                cases = [
+                    (f"design {i}", a, "")
+                    for i, a in enumerate(answers.RIGHT[question.id])
+                ]
+            else:
+                cases = answers.SLOW_WRONG[question.id]
+            for what, answer, name in cases:
+                yield pytest.param(question, answer, name, id=f"{question.id}-{what}")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("question", "answer", "name"), [*slow_answers("right")])
+def test_slow_right_answers_pass(question, answer, name):
+    for seed in range(2):
+        outcome = grade(question, answer, seed)
+        assert outcome.full, outcome.text()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("question", "answer", "name"), [*slow_answers("wrong")])
+def test_slow_wrong_answers_fail_at_the_named_invariant(question, answer, name):
+    outcome = grade(question, answer, 0)
+    failed = [line.name for line in outcome.lines if line.status == core.FAILED]
+    assert failed[:1] == [name], outcome.text()
 
 
 @pytest.mark.parametrize("number", exercise_numbers())
@@ -134,6 +171,7 @@ def test_solution_scores_full_and_stub_nothing(root, number):
         ("04", 25, 7),
         ("05", 25, 6),
         ("06", 25, 7),
+        ("07", 30, 5),
     ],
 )
 def test_exercises_are_as_announced(number, points, most):

@@ -92,6 +92,7 @@ class Question:
     needs: str = (
         ""  # a module, one of NEEDS: where it is missing, the question is left out
     )
+    slow: bool = False  # takes minutes: a notebook draws its cases once, tests draw few
 
     def __post_init__(self) -> None:
         if not self.invariants or any(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from moe_course.grading.core import Outcome, grade, load_exercise
+from moe_course.grading.core import Outcome, Question, grade, load_exercise
 
 ATTEMPTS_BEFORE_SOLUTION = 2
 RESULT_TYPE = "application/vnd.moe-course.result+json"
+
+# Of this kernel: a slow question has the same cases throughout, so that what it computed need not be computed again.
+_SLOW_SEED = secrets.randbits(32)
 
 _attempts: dict[
     str, set[int]
@@ -39,10 +43,16 @@ def _fingerprint(function: Any) -> int:
     return hash(flat(code))
 
 
+def _grade(question: Question, answer: Any, seed: int | None = None) -> Outcome:
+    return grade(
+        question, answer, _SLOW_SEED if question.slow and seed is None else seed
+    )
+
+
 def check(question_id: str, answer: Any, seed: int | None = None) -> None:
     """Print which invariants of a question hold for your answer, and what to look at where one does not."""
     question = load_exercise(question_id[:2]).question(question_id)
-    outcome = grade(question, answer, seed)
+    outcome = _grade(question, answer, seed)
     print(outcome.text())
     if outcome.full or not outcome.attempted:
         return
@@ -99,7 +109,7 @@ def grade_all(
 ) -> list[Outcome]:
     """The outcome of every question of an exercise, the answers looked up by name."""
     return [
-        grade(question, names.get(question.answer), seed)
+        _grade(question, names.get(question.answer), seed)
         for question in load_exercise(number).questions
     ]
 
@@ -145,5 +155,5 @@ def emit_result(question_id: str) -> None:
     from IPython.display import display
 
     question = load_exercise(question_id[:2]).question(question_id)
-    outcome = grade(question, _notebook_names().get(question.answer))
+    outcome = _grade(question, _notebook_names().get(question.answer))
     display({RESULT_TYPE: json.dumps(asdict(outcome)), "text/plain": ""}, raw=True)

@@ -277,6 +277,15 @@ def describe(error: BaseException) -> list[str]:
     return [type(error).__name__[:100], text, line]
 
 
+class _Idle(types.ModuleType):
+    """Stands for a module that a learner tries things out with: whatever is called does nothing here."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
 class _Triton(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         from moe_judge import interpreter
@@ -295,6 +304,10 @@ def _course(names: dict[str, Any]) -> dict[str, Any]:
     for name in ("check", "total", "solution"):
         setattr(grading, name, lambda *args, **kwargs: True)
     sys.modules["moe_course"], sys.modules["moe_course.grading"] = course, grading
+    capstone, training = _Idle("capstone"), types.ModuleType("moe_course.training")
+    training.capstone = capstone  # type: ignore[attr-defined]
+    sys.modules["moe_course.training"] = training
+    sys.modules["moe_course.training.capstone"] = capstone
     # Triton is imported by those who use it.
     sys.modules["moe_course.grading.interpreter"] = _Triton("interpreter")
     names["get_ipython"] = lambda: None

@@ -156,6 +156,7 @@ def train(
     after_step: Callable[[nn.Module, list[Routing]], None] | None = None,
     rate: Callable[[str], float] = lambda name: 1.0,
     prepare: Callable[[torch.optim.Optimizer], object] | None = None,
+    schedule: Callable[[int, Recipe], float] = learning_rate,
 ) -> list[Row]:
     """Train `model` in place and return the log.
 
@@ -172,6 +173,7 @@ def train(
     rate: what the learning rate of a parameter is multiplied by, for its name; frozen
         parameters (requires_grad=False) are not the optimizer's at all.
     prepare: called with the optimizer before the first step.
+    schedule: the learning rate of step 0, 1, ...
 
     A row holds `step`, `bytes` seen, `flops`, `seconds` of training (evaluation and
     checkpoints not counted), `lr`, `train_bits` per byte (mean since the last row),
@@ -214,7 +216,7 @@ def train(
                 "bytes": tokens,
                 "flops": tokens * flops_per_token,
                 "seconds": seconds,
-                "lr": learning_rate(done - 1, recipe) if done else 0.0,
+                "lr": schedule(done - 1, recipe) if done else 0.0,
                 "train_bits": nats / since / math.log(2) if since else None,
                 "bits": {
                     name: bits_per_byte(model, text, batches.context, windows)
@@ -231,7 +233,7 @@ def train(
     begin = time.perf_counter()
     while done < recipe.steps:
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * learning_rate(done, recipe)
+            group["lr"] = group["rate"] * schedule(done, recipe)
         inputs, targets = (part.to(device) for part in batches[done])
         logits, routings = model(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,13 +98,30 @@ THOROUGH = {
     "a value whose repr fails",
     "a sparse tensor",
     "a tensor of 10^10 entries",
+    "a recipe that never comes",
+    "a recipe that patches what trains it",
+    "a recipe of classes that lie",
 }
 
 RIGHT = "return active + (new_k - k) * (total - active) // (experts - k)"
 WRONG = "return 1"
 ALL_01 = tuple(f"01.{n}" for n in range(1, 8))
 
+
+def _recipe(name: str, body: str, first: str = "", **more: Any) -> Case:
+    """07.5 returns something odd."""
+    return Case(name, "07", first=first, answers={"07.5": f"def recipe():\n    {body}\n"}, **more)  # fmt: skip
+
+
 CASES = [
+    # A design that the judge itself trains
+    _recipe("a recipe that never comes", "while True: pass", lost=("07.5",), review=("07.5",), status="needs-review",
+            says="ran longer"),
+    _recipe("a recipe of classes that lie", "class D(dict): pass\n    return D(width=32)", lost=("07.5",)),
+    Case("a recipe that patches what trains it", "07",
+         first="import sys, torch\ntorch.manual_seed = lambda s: None\n"
+               "for m in list(sys.modules.values()):\n"
+               "    if 'capstone' in getattr(m, '__name__', ''): m.train = m.train_apart = m.BAR = None"),
     # Time
     _spoilt("endless loop in an answer", "while True: pass", "ran longer", review=True),
     _spoilt("sleep in an answer", "import time; time.sleep(10**6)", "ran longer", review=True),

@@ -34,7 +34,7 @@ def test_the_catalogue_names_every_case_once():
     assert set(names) >= THOROUGH
 
 
-@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06"])
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "07"])
 def test_worked_solutions_earn_full_marks(number):
     result = run([source for _, source in solution(number)], number, seed="class 7")
     assert result.status == "graded"
