@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-# A paper, a page, other people's code; or the chapter that derives it and puts it to the test.
+# A paper, a page, other people's code; or the chapter that derives and tests it, or the exercise that it serves.
 SOURCE = re.compile(
-    r"arXiv:\d{4}\.\d{4,5}|https?://|`transformers`|et al\. \(\d{4}\)|book/[a-z]+/[a-z_]+"
+    r"arXiv:\d{4}\.\d{4,5}|https?://|`transformers`|et al\. \(\d{4}\)|book/[a-z]+/[a-z_]+|exercises/\d\d_[a-z]+"
 )
 # The course's own machinery: it computes nothing that a source could confirm.
 OWN = {

@@ -476,10 +476,8 @@ def test_every_figure_has_a_place_in_the_book(root):
         assert anchor in headings, place
 
 
-def test_the_remark_on_data_is_what_was_recorded(root):
-    record = records.load(
-        root / "book" / "data" / "records" / "compute_equivalence.json"
-    )
+def test_the_remark_on_data_is_what_was_recorded():
+    record = records.load("compute_equivalence")
     last = max(row["step"] for row in record.rows)
 
     def losses(data, experts):

@@ -309,7 +309,7 @@ def test_the_landing_page_counts_what_the_ledger_counts(
         assert link.get_text() == f"{verdict}: {counts[verdict]}"
         assert parse_qs(urlsplit(link["href"]).query) == {"verdict": [verdict]}
         assert (Path("book") / urlsplit(link["href"]).path).as_posix() == LEDGER
-    assert landing.get_text().endswith(f"{len(claims)} in this edition.")
+    assert landing.get_text().endswith(f"{len(claims)} in all.")
     total = sum(TEXTS.values())
     for name in ("intro", "reference/claims"):
         cells = nbformat.read(root / "book" / f"{name}.ipynb", as_version=4).cells

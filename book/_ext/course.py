@@ -282,6 +282,11 @@ ARGUMENT = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 def mark_up_docstring(app, what, name, obj, options, lines):
     """Docstrings are written to be read as text: here `name: what it is` becomes a field, a formula a literal block,
     and the path of a page a link to it."""
+
+    def link(path):
+        known = path[0] in app.env.found_docs
+        return f":doc:`/{path[0]}`" if known else path[0]
+
     shown, last = [], "blank"
     for line in lines:
         argument = ARGUMENT.match(line)
@@ -294,7 +299,7 @@ def mark_up_docstring(app, what, name, obj, options, lines):
             shown.append("")
         if kind != "literal":
             line = re.sub(r"([*|])", r"\\\1", line)
-            line = CHAPTER.sub(r":doc:`/\g<0>`", line)
+            line = CHAPTER.sub(link, line)
             argument = ARGUMENT.match(line)
         shown.append(f":{argument[1]}: {argument[2]}" if argument else line)
         last = kind

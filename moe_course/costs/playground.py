@@ -3,6 +3,8 @@
 A state maps names of `FIELDS` to the texts that were typed there; what it lacks has its default. It is also what stands
 in a shared link. `answer` reads a state, calls `costs` and `specs`, and returns what JSON can hold: numbers, and the
 same numbers as sentences, tables and charts, which the page only has to draw.
+
+Page: book/choosing/playground.
 """
 
 from __future__ import annotations

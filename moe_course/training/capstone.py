@@ -5,6 +5,8 @@
 A learner's notebook, the check of exercise 07 and the record of its dense baseline all come through here. A design is
 trained in a process of its own, on one thread: the same design and seed give the same numbers on one machine, whatever
 was changed in the process that asked for them.
+
+Exercise: exercises/07_capstone.
 """
 
 from __future__ import annotations
