@@ -95,10 +95,11 @@ def krajewski_loss(params: float, tokens: float, granularity: float) -> float:
 def krajewski_dense_loss(params: float, tokens: float) -> float:
     """Loss of a dense model of the same study, L = c + a / N^α + b / D^β (arXiv:2402.07871, equation 1, table 1).
 
-    params: all but embeddings. The paper prints no range for the dense runs: only that of the tokens is checked.
+    params: all but embeddings; fitted from 3 to 85 million, on 16 to 66 billion tokens (table 4).
     """
     _require_at_least_1(params=params, tokens=tokens)
-    _warn_outside("tokens", tokens, 16e9, 130e9)
+    _warn_outside("params", params, 3e6, 85e6)
+    _warn_outside("tokens", tokens, 16e9, 66e9)
     return 0.47 + 16.3 / params**0.126 + 26.7 / tokens**0.127
 
 
