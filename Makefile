@@ -57,7 +57,7 @@ classroom: .venv/.installed ## export the course without solutions and filed ans
 
 # On a GPU machine as it is: its own python3 (or PYTHON=...), nothing installed; peers count where they can be imported.
 gpu: GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
-gpu: ## prove and time the kernels on an NVIDIA GPU, in under 8 minutes: make gpu [RECORDS=folder] [PYTHON=...]
+gpu: ## check and time the kernels on an NVIDIA GPU, in under 8 minutes: make gpu [RECORDS=folder] [PYTHON=...]
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) benchmarks/gpu_suite.py --records "$(or $(RECORDS),moe_course/data/records)"
 
 pins: .venv/.installed ## do the pins resolve without this machine's pip configuration? (a dry run)

@@ -18,7 +18,7 @@
 # - read a table of loads, layer by layer, and name what is the matter;
 # - cure a router that collapses, and show on new data that it is cured.
 #
-# {minutes} · {points} points · Needs: [A router left alone](../book/balancing/collapse.ipynb),
+# {minutes} · {points} points · Needs: [Collapse](../book/balancing/collapse.ipynb),
 # [Losses](../book/balancing/losses.ipynb) and [Capacity](../book/balancing/capacity.ipynb).
 #
 # </div>

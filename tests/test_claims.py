@@ -79,3 +79,11 @@ def test_no_anchor_without_a_row(root, claims):
         page = path.relative_to(root / "book").with_suffix("").as_posix()
         for part in page_text(root, page).split('<span id="claim-')[1:]:
             assert (page, "claim-" + part.split('"')[0]) in known
+
+
+def test_the_readme_quotes_the_counts(root, claims):
+    verdicts = [claim["verdict"] for claim in claims]
+    some = verdicts.count("holds if") + verdicts.count("imprecise")
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert f"{len(claims)} claims from three such texts" in text
+    assert f"{verdicts.count('wrong')} are wrong and {some} need a condition" in text
