@@ -674,6 +674,10 @@ def test_paper_shows_the_answers_and_no_sidebar(
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(closed) == before
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    # Code that only draws a figure stays off the paper; the figure does not.
+    page.goto(f"{site}book/finetuning/drift.html")
+    assert page.locator("details.hide").is_visible() is False
+    assert page.locator("figure img").first.is_visible()
 
 
 # ---- The playground: its answers are checked in test_playground.py, here that the page gives the same ------------
