@@ -377,6 +377,13 @@ def test_links_and_anchors_resolve(book: Path, soups: dict[str, Any]) -> None:
     assert not broken, "\n".join(sorted(set(broken)))
 
 
+def test_every_reference_has_an_identifier() -> None:
+    entries = (ROOT / "book/references.bib").read_text(encoding="utf-8").split("\n@")
+    assert len(entries) > 50
+    for entry in entries:
+        assert re.search(r"\b(eprint|doi|url|isbn)\s*=", entry), entry[:60]
+
+
 def test_figures_and_equations_are_numbered(soups: dict[str, Any]) -> None:
     figures, equations = [], []
     for page in PAGES:
