@@ -10,6 +10,7 @@ all that a browser loads with it from the book itself. Run it on an otherwise qu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import os
 import re
@@ -23,7 +24,7 @@ from urllib.parse import unquote, urljoin
 
 from moe_course import records
 
-RECORD = Path("moe_course/data/records/course_cpu.json")
+RECORD = records.FOLDER / "course_cpu.json"
 GOALS = {"make book, cold": 600.0, "make book, warm": 15.0, "make test": 900.0}
 PAGE_GOAL = 1.5e6  # bytes sent, compressed; the playground brings a Python of its own
 LOADED = re.compile(r'<(?:script|link|img)\b[^>]*?\b(?:src|href)="([^"#?]+)')
@@ -97,13 +98,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "course"
         subprocess.run(["git", "clone", "--quiet", os.curdir, str(clone)], check=True)
-        found = rows(clone)
+        with contextlib.chdir(clone):  # a record names the revision that it stands in
+            record = records.measure(
+                "course",
+                "python benchmarks/course.py --record",
+                rows(Path.cwd()),
+                packages=("jupyter-book",),
+            )
     if options.record:
-        command = "python benchmarks/course.py --record"
-        records.save(
-            records.measure("course", command, found, packages=("jupyter-book",)),
-            options.record,
-        )
+        records.save(record, options.record)
 
 
 if __name__ == "__main__":
